@@ -1,0 +1,50 @@
+# Every target sets up .venv first when it is missing or older than the requirements.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help run test report results store bench lint clean
+
+help:
+	@echo 'make run      execute all notebooks with the quick profile into build/'
+	@echo 'make test     unit tests, then the notebooks against their stored outputs'
+	@echo 'make report   execute the full profile into reports/ and rebuild the tables'
+	@echo 'make store    execute the notebooks in place: refresh their stored outputs'
+	@echo 'make results  rebuild reports/results.json and the tables of README.md'
+	@echo 'make bench    measure the speed of the training loop'
+	@echo 'make lint     ruff and the import order'
+
+# uv installs the several GB that torch brings in seconds where pip takes minutes; pip brings uv.
+.venv/ready: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: .venv/ready
+	$(BIN)/python -m labutils run all
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest --nbval notebooks
+
+report: .venv/ready
+	$(BIN)/python -m labutils run all --profile full
+	$(BIN)/python -m labutils results
+
+results: .venv/ready
+	$(BIN)/python -m labutils results
+
+store: .venv/ready
+	$(BIN)/python -m labutils run all --store
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/loop.py
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build runs .pytest_cache .ruff_cache .import_linter_cache *.egg-info

@@ -1,0 +1,40 @@
+"""Train, compare, transfer and explain small neural networks, reproducibly.
+
+`import labutils as lab` gives what notebooks use. Names are looked up when they are first used, so
+that the import itself costs what importing torch costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "config": ["Augment", "TrainConfig", "resolve_device", "seed_everything"],
+    "sources": ["DataError"],
+    "data": ["ImageData", "Split", "load_data"],
+    "models": ["MLP", "build", "num_parameters"],
+    "metrics": ["Metrics", "evaluate", "predict", "reliability"],
+    "runs": ["Run", "RunError", "publish"],
+    "training": ["train"],
+    "diagnostics": ["summary"],
+    "notebook": ["Claims", "results", "start"],
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", "plots", *_HOME]
+
+
+def __getattr__(name: str):
+    if name == "plots":
+        return importlib.import_module(".plots", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"labutils has no {name!r}. It exports: {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,262 @@
+"""Data sets as tensors on the training device: splits, batches cut by index, augmentation of batches.
+
+There is no DataLoader: a data set of this project fits the device, and cutting a batch out of a
+tensor costs less than handing one over from a worker (the idea of
+https://github.com/KellerJordan/cifar10-airbench).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .config import Augment, resolve_device
+from .sources import Raw, read
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images on one device, with the statistics that normalise them.
+
+    images: uint8 [N, C, H, W]. labels: int64 [N]. mean, std: per channel, for pixels in [0, 1].
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [n, C, H, W] -> float32 [n, C, H, W] with zero mean and unit deviation on train."""
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(shape) * 255
+        std = torch.tensor(self.std, device=images.device).view(shape) * 255
+        return images.float().sub_(mean).div_(std)
+
+    def num_batches(self, batch_size: int) -> int:
+        """How many batches `shuffled` yields."""
+        lone = len(self) % batch_size == 1 and len(self) > 1
+        return math.ceil(len(self) / batch_size) - lone
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in their order, normalised: (float32 [n, C, H, W], int64 [n])."""
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size)):
+            yield self.normalise(images), labels
+
+    def shuffled(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        augment: Augment = Augment(),
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one training epoch, from batch number `start` on.
+
+        What they hold depends on seed and epoch alone, so that an epoch can be taken up in the
+        middle. Work on images is done for several batches at once, which saves most of the
+        overhead of small tensors. A last batch of a single image is left out: batch normalisation
+        has nothing to normalise there.
+        """
+        device = self.images.device
+        order = torch.randperm(len(self), device=device, generator=_generator(device, seed, epoch))
+        num_batches = self.num_batches(batch_size)
+        order = order[: num_batches * batch_size]
+        group = _batches_at_once(self.images, batch_size)
+        for first in range(start // group * group, num_batches, group):
+            index = order[first * batch_size : (first + group) * batch_size]
+            images = self.normalise(self.images[index])
+            if augment != Augment():
+                images = distort(images, augment, _generator(device, seed, epoch, first))
+            cut = zip(images.split(batch_size), self.labels[index].split(batch_size))
+            for number, batch in enumerate(cut, first):
+                if number >= start:
+                    yield batch
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set cut into train, val and test, on one device.
+
+    fingerprint names the content: pixels, labels and the cut.
+    """
+
+    name: str
+    source: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return tuple(self.train.images.shape[1:])
+
+    @property
+    def num_features(self) -> int:
+        """Length of a flattened image."""
+        return math.prod(self.image_shape)
+
+    def to(self, device: str | torch.device) -> ImageData:
+        """The same data on another device."""
+        device = resolve_device(device)
+        moved = {
+            name: dataclasses.replace(
+                split, images=split.images.to(device), labels=split.labels.to(device)
+            )
+            for name in ("train", "val", "test")
+            for split in [getattr(self, name)]
+        }
+        return dataclasses.replace(self, **moved)
+
+    def __str__(self) -> str:
+        sizes = f"{len(self.train):,} train, {len(self.val):,} val, {len(self.test):,} test"
+        shape = "x".join(str(size) for size in self.image_shape)
+        return (
+            f"{self.name} from {self.source}: {sizes} images of {shape}, "
+            f"{self.num_classes} classes, fingerprint {self.fingerprint}"
+        )
+
+
+def load_data(
+    name: str,
+    *,
+    val_size: int | float = 0.1,
+    subset: float = 1.0,
+    seed: int = 0,
+    image_size: int | None = None,
+    device: str | torch.device = "auto",
+) -> ImageData:
+    """Load a data set by name, cut off a validation split and put everything on the device.
+
+    name: digits (embedded), mnist, cifar10, cifar100, imagenette, folder:PATH (a tree
+        train/CLASS/IMAGE plus val/ or test/), or NAME for a file $LABUTILS_DATA/NAME.npz.
+    val_size: images, or a fraction, taken from train with equal class shares; unused where the
+        source has a val split beside its test split.
+    subset: fraction of the remaining training images to keep, with equal class shares.
+    seed: fixes which images go where; the cut is the same on every machine.
+    image_size: side in pixels, for folder:PATH and imagenette.
+    Raises ValueError for bad arguments, DataError for missing or damaged data.
+    """
+    device = resolve_device(device)
+    raw = read(name, image_size=image_size)
+    train = np.arange(len(raw.train[1]))
+    if raw.val is None:
+        train, held = _cut(train, raw.train[1], val_size, seed, "val_size")
+        val = raw.train[0][held], raw.train[1][held]
+    else:
+        val = raw.val
+    if not isinstance(subset, int | float) or not 0 < subset <= 1:
+        raise ValueError(f"load_data: subset = {subset!r}. Give a fraction in (0, 1].")
+    if subset < 1:
+        _, train = _cut(train, raw.train[1], float(subset), seed, "subset")
+    parts = {"train": (raw.train[0][train], raw.train[1][train]), "val": val, "test": raw.test}
+    return _to_tensors(name, raw, parts, device)
+
+
+def _cut(index: np.ndarray, labels: np.ndarray, size, seed: int, what: str):
+    """Split index in two with equal class shares; the second part has the given size."""
+    from sklearn.model_selection import train_test_split
+
+    try:
+        rest, part = train_test_split(
+            index, test_size=size, stratify=labels[index], random_state=seed
+        )
+    except ValueError as error:
+        classes, counts = np.unique(labels[index], return_counts=True)
+        raise ValueError(
+            f"load_data: {what} = {size!r} does not fit {len(index):,} training images in "
+            f"{len(classes)} classes, the smallest of {counts.min()}. Give a fraction in (0, 1) or "
+            f"a number of images from {len(classes)} to {len(index) - len(classes)}, "
+            "with at least two images a class."
+        ) from error
+    return np.sort(rest), np.sort(part)
+
+
+def _to_tensors(name: str, raw: Raw, parts: dict, device: torch.device) -> ImageData:
+    hasher = hashlib.sha256()
+    for images, labels in parts.values():
+        hasher.update(repr((images.shape, raw.classes)).encode())
+        hasher.update(np.ascontiguousarray(images))
+        hasher.update(np.ascontiguousarray(labels))
+    mean, std = _pixel_statistics(parts["train"][0])
+    splits = {
+        part: Split(
+            torch.from_numpy(np.ascontiguousarray(images)).to(device),
+            torch.from_numpy(np.ascontiguousarray(labels)).to(device),
+            mean,
+            std,
+        )
+        for part, (images, labels) in parts.items()
+    }
+    return ImageData(
+        name=name,
+        source=raw.source,
+        classes=raw.classes,
+        fingerprint=hasher.hexdigest()[:12],
+        **splits,
+    )
+
+
+def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation per channel, from counts of whole numbers: the same on every machine."""
+    means, stds = [], []
+    values = np.arange(256) / 255
+    for channel in range(images.shape[1]):
+        counts = np.zeros(256, dtype=np.int64)
+        for start in range(0, len(images), 4096):
+            block = images[start : start + 4096, channel]
+            counts += np.bincount(block.ravel(), minlength=256)
+        mean = float((counts * values).sum() / counts.sum())
+        variance = float((counts * (values - mean) ** 2).sum() / counts.sum())
+        means.append(mean)
+        stds.append(math.sqrt(variance) or 1.0)
+    return tuple(means), tuple(stds)
+
+
+def _batches_at_once(images: Tensor, batch_size: int) -> int:
+    """How many batches to prepare together: a few MB on a CPU, so that they stay in its cache."""
+    budget = 2**22 if images.device.type == "cpu" else 2**27
+    return max(1, budget // (batch_size * images[0].numel() * 4))
+
+
+def _generator(device: torch.device, *key: int) -> torch.Generator:
+    """Random numbers that depend on the key alone."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
+    """Rotate, zoom and shift each image at random, bilinear, with its border continued.
+
+    images: float [N, C, H, W]. Returns the same shape. The three draws are independent and uniform.
+    """
+    n, _, height, width = images.shape
+    draw = torch.rand(4, n, generator=generator, device=images.device).mul_(2).sub_(1)
+    angle, zoom = draw[0] * math.radians(augment.rotate), 1 + draw[1] * augment.zoom
+    shift_x = draw[2] * (2 * augment.translate / width)
+    shift_y = draw[3] * (2 * augment.translate / height)
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    # Grid coordinates run from -1 to 1 on both axes, so a rotation scales by the aspect ratio.
+    row_x = torch.stack([cos, -sin * (height / width), shift_x], dim=1)
+    row_y = torch.stack([sin * (width / height), cos, shift_y], dim=1)
+    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -1,0 +1,143 @@
+"""How good a classifier is on a split: one pass over the images, then torchmetrics and scikit-learn."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .data import Split
+
+CALIBRATION_BINS = 15  # as in Guo et al. 2017, https://arxiv.org/abs/1706.04599
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores of a classifier on one split. Fractions are in [0, 1]; loss is mean cross-entropy, nats."""
+
+    n: int
+    loss: float
+    accuracy: float
+    accuracy_interval: tuple[float, float]  # Wilson's 95 % interval for n images
+    top_k: int
+    top_k_accuracy: float
+    precision: float  # this and the next two: mean over classes, weighted by their share
+    recall: float
+    f1: float
+    calibration_error: float  # expected |confidence - accuracy|, 15 equal bins
+    per_class: list[float]  # accuracy within each class
+    confusion: list[list[int]]  # [true class][predicted class], images
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Metrics:
+        return cls(**{**values, "accuracy_interval": tuple(values["accuracy_interval"])})
+
+    def __str__(self) -> str:
+        low, high = self.accuracy_interval
+        return (
+            f"accuracy {100 * self.accuracy:.2f} % [{100 * low:.2f}, {100 * high:.2f}], "
+            f"loss {self.loss:.4f}, n = {self.n:,}"
+        )
+
+
+def evaluate(model: nn.Module, split: Split, *, batch_size: int = 1024, top_k: int = 5) -> Metrics:
+    """Score a classifier on one split.
+
+    split: images uint8 [N, C, H, W], labels int64 [N], on any device.
+    Returns Metrics; loss is mean cross-entropy in nats, accuracies are fractions in [0, 1].
+    Raises ValueError if the split is empty or the model's output is not [N, num_classes].
+    """
+    return score(predict(model, split, batch_size=batch_size), split.labels, top_k=top_k)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Tensor:
+    """Logits float32 [N, num_classes] on the device of the split; the model's mode is kept.
+
+    Raises ValueError if the split is empty or the model's output is not [N, num_classes].
+    """
+    if not len(split):
+        raise ValueError("evaluate: the split is empty. Give one with at least one image.")
+    parameter = next(model.parameters(), None)
+    device = split.images.device if parameter is None else parameter.device
+    was_training = model.training
+    model.eval()
+    try:
+        logits = [model(images.to(device)) for images, _ in split.batches(batch_size)]
+    finally:
+        model.train(was_training)
+    if logits[0].ndim != 2:
+        raise ValueError(
+            f"evaluate: the model returned shape {list(logits[0].shape)} for a batch. "
+            "A classifier returns logits [N, num_classes]."
+        )
+    return torch.cat(logits).float().to(split.images.device)
+
+
+def loss_and_accuracy(model: nn.Module, split: Split) -> tuple[float, float]:
+    """Mean cross-entropy in nats and the fraction of hits: what training looks at every epoch."""
+    logits = predict(model, split)
+    hits = (logits.argmax(dim=1) == split.labels).float().mean()
+    return F.cross_entropy(logits, split.labels).item(), hits.item()
+
+
+def score(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
+    """Metrics from logits float [N, num_classes] and labels int64 [N].
+
+    Raises ValueError if shapes disagree or a label has no column.
+    """
+    from scipy.stats import binomtest
+    from torchmetrics.functional import classification as tm
+
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
+        raise ValueError(
+            f"score: logits {list(logits.shape)} and labels {list(labels.shape)}. "
+            "Needed: [N, num_classes] and [N] with N >= 1."
+        )
+    n, num_classes = logits.shape
+    if int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"score: label {int(labels.max())} with {num_classes} logits an image. "
+            "The model needs one output for each class of the data."
+        )
+    probs, top_k = logits.softmax(dim=1), min(top_k, num_classes)
+    confusion = tm.multiclass_confusion_matrix(probs, labels, num_classes)
+    hits = int(confusion.diagonal().sum())
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    weighted = {"num_classes": num_classes, "average": "weighted"}
+    best = logits.topk(top_k, dim=1).indices
+    return Metrics(
+        n=n,
+        loss=F.cross_entropy(logits, labels).item(),
+        accuracy=hits / n,
+        accuracy_interval=(float(interval.low), float(interval.high)),
+        top_k=top_k,
+        top_k_accuracy=(best == labels[:, None]).any(dim=1).float().mean().item(),
+        precision=tm.multiclass_precision(probs, labels, **weighted).item(),
+        recall=tm.multiclass_recall(probs, labels, **weighted).item(),
+        f1=tm.multiclass_f1_score(probs, labels, **weighted).item(),
+        calibration_error=tm.multiclass_calibration_error(
+            probs, labels, num_classes, n_bins=CALIBRATION_BINS
+        ).item(),
+        per_class=(confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)).tolist(),
+        confusion=confusion.tolist(),
+    )
+
+
+def reliability(logits: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
+    """Mean confidence and accuracy of each non-empty confidence bin: the reliability diagram."""
+    from sklearn.calibration import calibration_curve
+
+    confidence, preds = logits.softmax(dim=1).max(dim=1)
+    accuracy, mean_confidence = calibration_curve(
+        (preds == labels).cpu().numpy(),
+        confidence.clamp(0, 1).cpu().numpy(),
+        n_bins=CALIBRATION_BINS,
+    )
+    return mean_confidence.tolist(), accuracy.tolist()

@@ -1,0 +1,101 @@
+"""The networks under comparison, and a registry that builds one from its description."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import nn
+
+from .config import Fraction, PositiveInt, check
+
+MODELS: dict[str, type[nn.Module]] = {}
+
+
+def register(cls: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator: build by name, and keep the arguments of each instance in `.spec`."""
+    init, signature = cls.__init__, inspect.signature(cls.__init__)
+
+    @functools.wraps(init)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
+        # Defaults are left out, so that an argument added later leaves the spec of older runs alone.
+        self.spec = {"model": cls.__name__} | {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in given.items()
+            if value != signature.parameters[name].default
+        }
+
+    cls.__init__ = __init__
+    MODELS[cls.__name__] = cls
+    return cls
+
+
+def build(spec: dict[str, Any]) -> nn.Module:
+    """The model that a spec describes, with fresh weights from torch's random state.
+
+    Raises ValueError for a name that is not registered.
+    """
+    arguments = dict(spec)
+    name = arguments.pop("model")
+    if name not in MODELS:
+        raise ValueError(f"build: model = {name!r}. Known: {', '.join(sorted(MODELS))}.")
+    return MODELS[name](**arguments)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers training can change."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@register
+class MLP(nn.Sequential):
+    """Multilayer perceptron: flatten, then linear, (batch norm), ReLU for each width, then linear.
+
+    Takes images [N, ...] with in_features numbers each, returns logits [N, num_classes].
+    hidden: widths of the hidden layers, any number of them; [] is a linear classifier.
+    dropout: fraction of the last hidden layer's values that training drops.
+    Raises ValueError if a width is not a whole number above 0 or dropout is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        num_classes: int,
+        *,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+    ) -> None:
+        kinds = {
+            "in_features": PositiveInt,
+            "hidden": list[PositiveInt],
+            "num_classes": Annotated[int, Field(ge=2)],
+            "dropout": Fraction,
+            "batch_norm": bool,
+        }
+        widths = list(hidden) if isinstance(hidden, tuple) else hidden
+        values = dict(
+            in_features=in_features,
+            hidden=widths,
+            num_classes=num_classes,
+            dropout=dropout,
+            batch_norm=batch_norm,
+        )
+        check("MLP", kinds, values)
+        layers: list[nn.Module] = [nn.Flatten()]
+        width = in_features
+        for next_width in widths:
+            # Batch norm has an offset of its own, which makes the one of the linear layer idle.
+            layers.append(nn.Linear(width, next_width, bias=not batch_norm))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(next_width))
+            layers.append(nn.ReLU())
+            width = next_width
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        super().__init__(*layers, nn.Linear(width, num_classes))

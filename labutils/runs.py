@@ -1,0 +1,238 @@
+"""The run store: finished runs found again by key, in the runs folder or among the published ones.
+
+A run is a folder NAME-KEY in the runs folder; NAME-KEY.part while it is unfinished. A published run
+is models/NAME-KEY.json, its card, with or without models/NAME-KEY.safetensors beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from . import metrics
+from .config import TrainConfig, atomic_write, digest, models_dir, runs_dir, write_json
+from .data import ImageData
+from .tracking import History
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = 1  # raised when a change makes stored runs mean something else
+
+
+class RunError(RuntimeError):
+    """A run cannot be started, stored, continued or used."""
+
+
+@dataclass
+class Run:
+    """One training: what went in, what came out.
+
+    model holds the weights of the best epoch; None for a published run that is its card alone.
+    info: model spec, config, data, versions, device, seconds, epochs, best_epoch, stop_reason.
+    """
+
+    name: str
+    key: str
+    info: dict[str, Any]
+    rows: list[dict[str, float]]
+    place: Path  # the run's folder, or the card of a published run
+    model: nn.Module | None = None
+    stored: bool = False  # found in the store, not trained by this call
+    _test: metrics.Metrics | None = field(default=None, repr=False)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch, indexed from 1: losses, accuracies, lr, images_per_second, seconds."""
+        return History(self.rows).frame()
+
+    @property
+    def seconds(self) -> float:
+        return self.info["seconds"]
+
+    @property
+    def epochs(self) -> int:
+        return len(self.rows)
+
+    @property
+    def stop_reason(self) -> str:
+        return self.info["stop_reason"]
+
+    def best(self, column: str) -> float:
+        """A column of the history at the best epoch, whose weights were kept."""
+        return self.rows[self.info["best_epoch"] - 1][column]
+
+    def test(self, data: ImageData) -> metrics.Metrics:
+        """Metrics on the test split, measured once and stored with the run.
+
+        Raises RunError if the run was trained on other data, or has neither metrics nor weights.
+        """
+        if data.fingerprint != self.info["data"]["fingerprint"]:
+            raise RunError(
+                f"{self.name}: trained on data {self.info['data']['fingerprint']}, asked to test "
+                f"on {data.fingerprint}. Load the data with the same name, val_size and seed."
+            )
+        if self._test is None:
+            self._test = metrics.evaluate(self.require_model(), data.test)
+            if self.place.is_dir():
+                write_json(self.place / "test.json", self._test.to_json())
+        return self._test
+
+    def require_model(self) -> nn.Module:
+        """The model with its best weights. Raises RunError where only the card was published."""
+        if self.model is None:
+            raise RunError(
+                f"{self.name}: only the card of this run is published ({self.place.name}), "
+                "not its weights. Call train with retrain=True to have them."
+            )
+        return self.model
+
+    def __str__(self) -> str:
+        made = f"{self.info['finished']} on {self.info['device']}, torch {self.info['torch']}"
+        origin = f"loaded, trained {made}" if self.stored else "trained"
+        if not self.rows:
+            return f"{self.name}: {self.stop_reason} in the first epoch"
+        return (
+            f"{self.name}: {origin}; {self.epochs} epochs, {self.seconds:.1f} s, "
+            f"val accuracy {100 * self.best('val_accuracy'):.2f} % at epoch "
+            f"{self.info['best_epoch']}; {self.stop_reason}"
+        )
+
+
+def run_key(config: TrainConfig, spec: dict[str, Any], weights: str, data: ImageData) -> str:
+    """Name of a run: equal keys compute the same thing.
+
+    weights: 'seed' for a model as config.seed initialises it, else a digest of its weights.
+    """
+    return digest([FORMAT, config.changes(), spec, weights, data.fingerprint])
+
+
+def find(key: str, model: nn.Module) -> Run | None:
+    """The finished run with this key, its weights loaded into model; None if there is none.
+
+    Raises RunError if it is there but damaged.
+    """
+    folders = [path for path in runs_dir().glob(f"*-{key}") if path.is_dir()]
+    cards = list(models_dir().glob(f"*-{key}.json"))
+    place = next(iter(folders + cards), None)
+    if place is None:
+        return None
+    try:
+        run = _read_folder(place, key) if place.is_dir() else _read_card(place)
+        weights = (
+            place / "best.safetensors" if place.is_dir() else place.with_suffix(".safetensors")
+        )
+        if place.is_dir() or weights.exists():
+            load_weights(model, weights)
+            run.model = model
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RunError(
+            f"the stored run {place} is damaged ({type(error).__name__}: {error}). "
+            "Remove it, or call train with retrain=True to replace it."
+        ) from error
+    return run
+
+
+def _read_folder(place: Path, key: str) -> Run:
+    info = json.loads((place / "run.json").read_text())
+    test = place / "test.json"
+    return Run(
+        name=place.name.removesuffix(f"-{key}"),
+        key=key,
+        info=info,
+        rows=History.load(place / "history.csv").rows,
+        place=place,
+        stored=True,
+        _test=metrics.Metrics.from_json(json.loads(test.read_text())) if test.exists() else None,
+    )
+
+
+def _read_card(place: Path) -> Run:
+    card = json.loads(place.read_text())
+    columns = card["history"]
+    return Run(
+        name=card["name"],
+        key=card["key"],
+        info=card["info"],
+        rows=[dict(zip(columns, values)) for values in zip(*columns.values())],
+        place=place,
+        stored=True,
+        _test=metrics.Metrics.from_json(card["test"]) if card["test"] else None,
+    )
+
+
+def store_lock(key: str) -> FileLock:
+    """Held while a run is trained, so that a second process waits for it instead of repeating it.
+
+    Raises OSError if the runs folder cannot be written.
+    """
+    locks = runs_dir() / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / f"{key}.lock")
+
+
+def settle(part: Path) -> Path:
+    """Rename NAME-KEY.part to NAME-KEY, in place of an older run there. Returns the new path."""
+    place = part.with_name(part.name.removesuffix(".part"))
+    key = place.name.rpartition("-")[2]
+    older = [path for path in part.parent.glob(f"*-{key}") if path.is_dir()]
+    for path in older:
+        path.rename(path.with_name(f"{path.name}.old"))
+    part.rename(place)
+    for path in older:
+        shutil.rmtree(path.with_name(f"{path.name}.old"))
+    return place
+
+
+def publish(run: Run, *, weights: bool, command: str) -> Path:
+    """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
+
+    command: what measures the card's numbers again.
+    Raises RunError for an unfinished run, or where weights are asked for and there are none.
+    """
+    if run.stop_reason == "interrupted":
+        raise RunError(
+            f"{run.name}: interrupted runs are not published. Train it to the end first."
+        )
+    card = models_dir() / f"{run.name}-{run.key}.json"
+    if weights and not card.with_suffix(".safetensors").exists():
+        save_weights(card.with_suffix(".safetensors"), run.require_model().state_dict())
+    columns = list(run.rows[0])
+    write_json(
+        card,
+        {
+            "name": run.name,
+            "key": run.key,
+            "command": command,
+            "test": run._test.to_json() if run._test else None,
+            "info": run.info,
+            "history": {name: History(run.rows).column(name) for name in columns},
+        },
+    )
+    return card
+
+
+def save_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write a state dict as safetensors, atomically."""
+    from safetensors.torch import save
+
+    with atomic_write(path) as file:
+        file.write(save({name: value.contiguous().cpu() for name, value in state.items()}))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read weights written by save_weights into a model. Raises ValueError if they do not fit it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        model.load_state_dict(load(path.read_bytes()))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path.name} does not fit the model: {error}") from error

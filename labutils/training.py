@@ -1,0 +1,340 @@
+"""`train`: one loop that trains a classifier, keeps its history, and continues where it was cut off.
+
+Nothing in the loop waits for the device: losses and logits stay there until an epoch ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import platform
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import checkpoint
+from .config import TrainConfig, device_name, runs_dir, write_json
+from .data import ImageData
+from .metrics import loss_and_accuracy
+from .models import build, num_parameters
+from .progress import Progress
+from .runs import Run, RunError, find, run_key, save_weights, settle, store_lock
+from .schedules import lr_factor, make_optimizer, stop_reason
+from .tracking import History, Mirror, open_mirrors
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    config: TrainConfig | None = None,
+    *,
+    name: str = "run",
+    retrain: bool = False,
+    track: str | Sequence[str] | None = "auto",
+    progress: bool = True,
+    checkpoint_seconds: float = 30.0,
+) -> Run:
+    """Train a classifier, or load the finished run that did exactly this before.
+
+    model: takes float32 [n, C, H, W], returns logits [n, num_classes]; it is moved to the device of
+        the data and ends with the weights of the best epoch by config.monitor.
+    name: label of the run and first part of its folder's name; letters, digits, '.', '_', '-'.
+    retrain: train although a finished run is stored, and replace it when done.
+    track: see tracking.open_mirrors. progress: live bar, and a line when a stored run is loaded.
+    checkpoint_seconds: longest time of work that a kill can cost.
+
+    A run that was cut off goes on by itself and ends with the same bits on the same machine.
+    Ctrl-C stops after the current batch, saves, and returns the unfinished run.
+    Raises ValueError for bad arguments; RunError if the loss stops being finite, a checkpoint
+    cannot be continued, or the runs folder cannot be written.
+    """
+    config = config or TrainConfig()
+    _check_arguments(model, data, config, name)
+    model.to(data.train.images.device)
+    spec, weights = _describe(model, config.seed)
+    key = run_key(config, spec, weights, data)
+    run = None if retrain else find(key, model)
+    if run is None:
+        part = runs_dir() / f"{name}-{key}.part"
+        with _disk_errors(part), store_lock(key):
+            # Another process may have finished this very run while we waited for the lock.
+            run = None if retrain else find(key, model)
+            if run is None:
+                part.mkdir(exist_ok=True)
+                job = _Job(model, data, config, name, key, part, spec)
+                return job.run(track, progress, checkpoint_seconds)
+    if progress:
+        print(run)
+    return run
+
+
+def _check_arguments(model: nn.Module, data: ImageData, config: TrainConfig, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"train: model = {model!r} is no torch.nn.Module.")
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"train: config = {config!r} is no labutils.TrainConfig.")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise ValueError(f"train: name = {name!r}. Use letters, digits, '.', '_' and '-' only.")
+    if config.batch_size > len(data.train):
+        raise ValueError(
+            f"train: batch_size = {config.batch_size} is larger than the training split of "
+            f"{len(data.train)} images. Choose at most {len(data.train)}."
+        )
+    if not num_parameters(model):
+        raise ValueError("train: the model has no parameter that requires a gradient.")
+
+
+def _describe(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
+    """The model's spec, and where its weights come from: 'seed', or a digest of them.
+
+    Comparing with a fresh model tells the two apart; a digest alone would differ between machines
+    whose random numbers differ in the last bit, and published runs would not be found there.
+    """
+    spec = getattr(model, "spec", None)
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    if spec is not None:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            fresh = build(spec).state_dict()
+        if all(torch.equal(value, fresh[name]) for name, value in state.items()):
+            return spec, "seed"
+    hasher = hashlib.sha256()
+    for name, value in state.items():
+        hasher.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+    return spec or {"model": repr(model)}, hasher.hexdigest()[:12]
+
+
+class _Job:
+    """One training on its way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        config: TrainConfig,
+        name: str,
+        key: str,
+        part: Path,
+        spec: dict[str, Any],
+    ) -> None:
+        self.model, self.data, self.config, self.name, self.key = model, data, config, name, key
+        self.part, self.device = part, data.train.images.device
+        self.steps = data.train.num_batches(config.batch_size)
+        self.at, self.tally = checkpoint.Position(), checkpoint.Tally()
+        self.optimizer = make_optimizer(model, config)
+        self.state = {
+            "model": model,
+            "optimizer": self.optimizer,
+            "position": self.at,
+            "tally": self.tally,
+        }
+        self.averaged = None
+        if config.ema:
+            average = get_ema_multi_avg_fn(config.ema)
+            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.state["averaged"] = self.averaged
+        splits = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
+        self.settings = {
+            "model": spec,
+            "parameters": num_parameters(model),
+            "config": dataclasses.asdict(config),
+            "data": {
+                "name": data.name,
+                "source": data.source,
+                "fingerprint": data.fingerprint,
+                "images": splits,
+            },
+        }
+
+    def run(self, track: Any, progress: bool, checkpoint_seconds: float) -> Run:
+        last, size = self.part / "last.pt", len(self.data.train)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), ExitStack() as stack:
+            torch.manual_seed(self.config.seed)
+            if last.exists():
+                checkpoint.load(last, self.key, self.state, self.device)
+            else:
+                write_json(self.part / "config.json", {"key": self.key, **self.settings})
+            named = {"name": self.name, "key": self.key}
+            mirrors = [
+                stack.enter_context(closing(mirror))
+                for mirror in open_mirrors(track, **named, folder=self.part, settings=self.settings)
+            ]
+            done = size * self.at.epoch + self.tally.images
+            bar = Progress(
+                self.name,
+                total=size * self.config.epochs,
+                done=done,
+                log=self.part / "train.log",
+                show=progress,
+            )
+            stack.enter_context(closing(bar))
+            interrupted = stack.enter_context(_interrupts())
+            reason = self._loop(bar, mirrors, interrupted, checkpoint_seconds)
+            bar.note(reason)
+        return self._finish(reason)
+
+    def _loop(
+        self, bar: Progress, mirrors: list[Mirror], interrupted: list, checkpoint_seconds: float
+    ) -> str:
+        config, model, optimizer, at = self.config, self.model, self.optimizer, self.at
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        saved = time.monotonic()
+        while (reason := stop_reason(at.rows, config)) is None:
+            started = time.perf_counter()
+            batches = self.data.train.shuffled(
+                config.batch_size,
+                seed=config.seed,
+                epoch=at.epoch,
+                start=at.batch,
+                augment=config.augment,
+            )
+            model.train()
+            for images, labels in batches:
+                lr = config.lr * lr_factor(config, at.epoch * self.steps + at.batch, self.steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+                loss.backward()
+                if config.clip_norm:
+                    nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                if self.averaged is not None:
+                    self.averaged.update_parameters(model)
+                self.tally.add(loss, logits, labels)
+                at.batch += 1
+                bar.step(len(labels))
+                if interrupted or time.monotonic() - saved >= checkpoint_seconds:
+                    now = time.perf_counter()
+                    at.epoch_seconds, started = at.epoch_seconds + now - started, now
+                    self._save()
+                    saved = time.monotonic()
+                    if interrupted:
+                        return "interrupted"
+            at.epoch_seconds += time.perf_counter() - started
+            self._end_epoch(lr)
+            bar.epoch(at.rows[-1], config.epochs)
+            for mirror in mirrors:
+                mirror.log(at.rows[-1])
+        return reason
+
+    def _end_epoch(self, lr: float) -> None:
+        at, started = self.at, time.perf_counter()
+        self._require_finite()
+        train_loss, train_accuracy = self.tally.means()
+        speed = self.tally.images / at.epoch_seconds
+        scored = self.averaged.module if self.averaged is not None else self.model
+        val_loss, val_accuracy = loss_and_accuracy(scored, self.data.val)
+        seconds = at.epoch_seconds + time.perf_counter() - started
+        row = {
+            "epoch": at.epoch + 1,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "lr": lr,
+            "images_per_second": round(speed, 1),
+            "seconds": round(seconds, 4),
+        }
+        monitor = self.config.monitor
+        sign = 1 if monitor == "val_loss" else -1
+        if not at.best_epoch or sign * row[monitor] < sign * at.rows[at.best_epoch - 1][monitor]:
+            at.best_epoch = row["epoch"]
+            at.best_weights = {k: v.detach().clone() for k, v in scored.state_dict().items()}
+        at.rows.append(row)
+        at.epoch, at.batch = row["epoch"], 0
+        at.seconds, at.epoch_seconds = at.seconds + seconds, 0.0
+        self.tally.reset()
+
+    def _require_finite(self) -> None:
+        losses = self.tally.losses()
+        bad = (~losses.isfinite()).nonzero()
+        if not len(bad):
+            return
+        step, kept = int(bad[0]), "there is none yet"
+        if self.at.best_epoch:
+            self._save_results()
+            kept = f"{self.part / 'best.safetensors'} (epoch {self.at.best_epoch})"
+        lr = self.config.lr * lr_factor(self.config, self.at.epoch * self.steps + step, self.steps)
+        raise RunError(
+            f"train: {self.name}: the loss became {float(losses[step])} in epoch "
+            f"{self.at.epoch + 1}, step {step + 1} of {self.steps}, at learning rate {lr:.3g}. "
+            f"Last good checkpoint: {kept}. Try a lower lr, warmup_epochs or clip_norm."
+        )
+
+    def _save(self) -> None:
+        self._require_finite()
+        checkpoint.save(self.part / "last.pt", self.key, self.state, self.device)
+        History(self.at.rows).save(self.part / "history.csv")
+
+    def _save_results(self) -> None:
+        History(self.at.rows).save(self.part / "history.csv")
+        save_weights(self.part / "best.safetensors", self.at.best_weights)
+
+    def _finish(self, reason: str) -> Run:
+        """Give the model its best weights; make a run that is complete visible to the store."""
+        at, place = self.at, self.part
+        info = {
+            **self.settings,
+            "epochs": at.epoch,
+            "best_epoch": at.best_epoch,
+            "stop_reason": reason,
+            "seconds": round(at.seconds + at.epoch_seconds, 3),
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "finished": datetime.date.today().isoformat(),
+        }
+        if reason != "interrupted":
+            self._save()
+            self._save_results()
+            write_json(self.part / "run.json", info)
+            place = settle(self.part)
+        if at.best_weights:
+            self.model.load_state_dict(at.best_weights)
+        return Run(self.name, self.key, info, at.rows, place, self.model)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C puts something into; a second Ctrl-C does what the first one used to do."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def note(signum: int, frame: Any) -> None:
+        seen.append(signum)
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _disk_errors(part: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"train: cannot write to {part} ({error.strerror or error}). What was saved before is "
+            "whole. Free space or set LABUTILS_RUNS to a folder that can be written, and run again."
+        ) from error
