@@ -1,4 +1,4 @@
-"""Data sets as tensors on the training device: splits, batches cut by index, augmentation of batches.
+"""Data sets as tensors on the training device: splits, batches cut by index, augmentation.
 
 There is no DataLoader: a data set of this project fits the device, and cutting a batch out of a
 tensor costs less than handing one over from a worker (the idea of
@@ -61,7 +61,7 @@ class Split:
         seed: int,
         epoch: int,
         start: int = 0,
-        augment: Augment = Augment(),
+        augment: Augment | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one training epoch, from batch number `start` on.
 
@@ -78,7 +78,7 @@ class Split:
         for first in range(start // group * group, num_batches, group):
             index = order[first * batch_size : (first + group) * batch_size]
             images = self.normalise(self.images[index])
-            if augment != Augment():
+            if augment and augment.changes():
                 images = distort(images, augment, _generator(device, seed, epoch, first))
             cut = zip(images.split(batch_size), self.labels[index].split(batch_size))
             for number, batch in enumerate(cut, first):

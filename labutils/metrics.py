@@ -1,4 +1,4 @@
-"""How good a classifier is on a split: one pass over the images, then torchmetrics and scikit-learn."""
+"""How good a classifier is on a split: one pass over the images, then torchmetrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CALIBRATION_BINS = 15  # as in Guo et al. 2017, https://arxiv.org/abs/1706.04599
 
 @dataclass(frozen=True)
 class Metrics:
-    """Scores of a classifier on one split. Fractions are in [0, 1]; loss is mean cross-entropy, nats."""
+    """Scores of a classifier on one split: fractions in [0, 1], loss in nats."""
 
     n: int
     loss: float

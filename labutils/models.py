@@ -23,7 +23,7 @@ def register(cls: type[nn.Module]) -> type[nn.Module]:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
-        # Defaults are left out, so that an argument added later leaves the spec of older runs alone.
+        # Without defaults, so that an argument added later leaves the spec of older runs alone.
         self.spec = {"model": cls.__name__} | {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in given.items()
@@ -79,13 +79,13 @@ class MLP(nn.Sequential):
             "batch_norm": bool,
         }
         widths = list(hidden) if isinstance(hidden, tuple) else hidden
-        values = dict(
-            in_features=in_features,
-            hidden=widths,
-            num_classes=num_classes,
-            dropout=dropout,
-            batch_norm=batch_norm,
-        )
+        values = {
+            "in_features": in_features,
+            "hidden": widths,
+            "num_classes": num_classes,
+            "dropout": dropout,
+            "batch_norm": batch_norm,
+        }
         check("MLP", kinds, values)
         layers: list[nn.Module] = [nn.Flatten()]
         width = in_features

@@ -35,7 +35,7 @@ def watched() -> str | None:
 
 
 class Progress:
-    """Counts images of one training; `epoch` puts the latest scores beside the bar and in the log."""
+    """Counts images of one training; `epoch` adds the latest scores to the bar and the log."""
 
     def __init__(self, name: str, *, total: int, done: int, log: Path, show: bool) -> None:
         place = watched() if show else None

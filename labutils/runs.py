@@ -228,7 +228,7 @@ def save_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Read weights written by save_weights into a model. Raises ValueError if they do not fit it."""
+    """Read what save_weights wrote into a model. Raises ValueError if it does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

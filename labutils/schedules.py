@@ -1,4 +1,4 @@
-"""What a recipe decides from step to step and epoch to epoch: learning rate, optimizer, when to stop.
+"""What a recipe decides on the way: the optimizer, its learning rate, when to stop.
 
 All of it follows from the config and from what has happened, so there is no state to save.
 """

@@ -25,16 +25,8 @@ from .config import atomic_write, data_dir, digest
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
 
 CIFAR10_CLASSES = [
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 ]
 IMAGENETTE_CLASSES = {
     "n01440764": "tench",
@@ -84,7 +76,7 @@ KNOWN = {
 
 
 def read(name: str, *, image_size: int | None = None) -> Raw:
-    """Find a data set by name: npz file, torchvision's files, torchvision's download, in this order.
+    """Find a data set by name: an npz file, torchvision's files, torchvision's download.
 
     image_size: side in pixels for `folder:PATH` (default 64) and imagenette (default 128).
     Raises ValueError for an unknown name, DataError for missing or damaged data.
@@ -210,7 +202,7 @@ def _torchvision(name: str) -> Raw:
             splits[split] = np.ascontiguousarray(images), labels
             if len(images) != len(labels):
                 raise ValueError(f"{len(images)} images but {len(labels)} labels in {split}")
-    # torchvision reports damage as almost any exception, AssertionError and struct.error among them.
+    # torchvision reports damage as almost any exception, AssertionError among them.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -238,7 +230,7 @@ def _download(name: str) -> None:
             fetch(temporary, split="train", size="160px", download=True)
         else:
             fetch(temporary, download=True)
-        os.replace(temporary / known.folder, root / known.folder)
+        (temporary / known.folder).replace(root / known.folder)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -247,7 +239,7 @@ def _download(name: str) -> None:
             "Three ways to get it: 1. connect to the network and run again; "
             f"2. copy {name}.npz (x_train, y_train, x_test, y_test) into {root}; "
             "3. set LABUTILS_DATA to a folder that holds it.\n"
-            f"The embedded data set {known.stand_in!r} needs neither: load_data({known.stand_in!r})."
+            f"The embedded load_data({known.stand_in!r}) answers the same question offline."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -306,7 +298,7 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _cached(path: Path) -> np.ndarray | None:
-    """The images of an earlier decoding; None when the file is damaged, so that it is made again."""
+    """The images of an earlier decoding; None when the file is damaged and has to be made again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return file["images"]

@@ -51,15 +51,11 @@ class History:
     @classmethod
     def load(cls, path: Path) -> History:
         with path.open(newline="") as file:
-            return cls(
-                [
-                    {
-                        name: int(value) if name == "epoch" else float(value)
-                        for name, value in row.items()
-                    }
-                    for row in csv.DictReader(file)
-                ]
-            )
+            return cls([_numbers(row) for row in csv.DictReader(file)])
+
+
+def _numbers(row: dict[str, str]) -> Row:
+    return {name: (int if name == "epoch" else float)(value) for name, value in row.items()}
 
 
 class Mirror:

@@ -1,4 +1,4 @@
-"""`train`: one loop that trains a classifier, keeps its history, and continues where it was cut off.
+"""`train`: one loop that trains a classifier, and continues where it was cut off.
 
 Nothing in the loop waits for the device: losses and logits stay there until an epoch ends.
 """
@@ -311,7 +311,7 @@ class _Job:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """A list that Ctrl-C puts something into; a second Ctrl-C does what the first one used to do."""
+    """A list that Ctrl-C puts something into; a second Ctrl-C does what it always does."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield seen

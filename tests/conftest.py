@@ -1,4 +1,4 @@
-"""What all unit tests share: one thread, folders of their own, small data sets that train in seconds."""
+"""What all unit tests share: one thread, folders of their own, small data sets."""
 
 import numpy as np
 import pytest
