@@ -11,7 +11,7 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "config": ["Augment", "TrainConfig", "resolve_device", "seed_everything"],
+    "config": ["Augment", "TrainConfig", "images_dir", "resolve_device", "seed_everything"],
     "sources": ["DataError"],
     "data": ["ImageData", "Split", "load_data"],
     "models": ["MLP", "build", "num_parameters"],
@@ -19,7 +19,7 @@ _EXPORTS = {
     "runs": ["Run", "RunError", "publish"],
     "training": ["train"],
     "diagnostics": ["summary"],
-    "notebook": ["Claims", "results", "start"],
+    "notebook": ["Claims", "Score", "results", "start"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +55,7 @@ class Tally:
         return {"losses": self.losses(), "hits": int(self._hits), "images": self.images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reset()
         self._losses = list(state["losses"].unbind())
         self._hits, self.images = state["hits"], state["images"]
 
@@ -88,8 +90,11 @@ def save(path: Path, key: str, parts: dict[str, Stateful], device: torch.device)
     state |= {"key": key, "rng": torch.get_rng_state()}
     if device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state(device)
+    # Writing straight to a file, torch reports a full disk as a RuntimeError about positions.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with atomic_write(path) as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
 
 
 def load(path: Path, key: str, parts: dict[str, Stateful], device: torch.device) -> None:

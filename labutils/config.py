@@ -28,6 +28,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @functools.cache
@@ -116,7 +117,7 @@ class TrainConfig(_Checked):
     min_delta: NonNegativeFloat = 0.0  # a gain smaller than this does not count for patience
     overfit_patience: PositiveInt | None = None  # overfitting: stop after so many epochs in a row
     overfit_delta: NonNegativeFloat = 0.0  # ... with val loss this far above its best
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # order of images, augmentation, dropout
+    seed: Seed = 0  # order of images, augmentation, dropout
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,6 +158,11 @@ def models_dir() -> Path:
     return project_dir() / "models"
 
 
+def images_dir() -> Path:
+    """Where reports leave their figures: images/ in the project."""
+    return project_dir() / "images"
+
+
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """'auto' is the first CUDA device when there is one, else the CPU.
 
@@ -166,7 +172,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
             f"device = {str(device)!r} cannot be used here ({str(error).splitlines()[0]}). "
             "Allowed: 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'; 'auto' always works."
@@ -227,8 +233,9 @@ def _umask() -> int:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: indented for people, but a list of numbers on one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
+    # Only outside of strings is there a line break, so a string that holds brackets is left alone.
     text = re.sub(
-        r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text
+        r"\[\n([^\[\]{}\"]*)\n *\]", lambda match: f"[{' '.join(match[1].split())}]", text
     )
     with atomic_write(path) as file:
         file.write(f"{text}\n".encode())

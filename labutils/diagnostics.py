@@ -40,7 +40,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
             {
                 "layer": name or type(layer).__name__,
                 "kind": type(layer).__name__,
-                "output": "x".join(str(size) for size in output.shape[1:]),
+                "output": _sizes(output),
                 "parameters": sum(p.numel() for p in own),
                 "FLOPs": counter.get_total_flops() - before[layer],
             }
@@ -48,7 +48,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
     handles = []
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    was_training = model.training
+    modes = {part: part.training for part in model.modules()}
     try:
         for name, layer in model.named_modules():
             if not list(layer.children()):
@@ -60,21 +60,26 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
                 )
         model.eval()
         with torch.no_grad(), counter:
-            model(torch.zeros(1, *input_size, device=device))
-    except RuntimeError as error:
+            output = model(torch.zeros(1, *input_size, device=device))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
-            f"summary: input_size = {tuple(input_size)} does not fit the model "
+            f"summary: input_size = {input_size!r} does not fit the model "
             f"({str(error).splitlines()[0]}). Give the shape of one input, data.image_shape."
         ) from error
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
+        for part, mode in modes.items():
+            part.training = mode
     total = {
         "layer": "total",
         "kind": type(model).__name__,
-        "output": rows[-1]["output"],
+        "output": _sizes(output),
         "parameters": sum(p.numel() for p in model.parameters()),
         "FLOPs": counter.get_total_flops(),
     }
     return pd.DataFrame([*rows, total]).set_index("layer")
+
+
+def _sizes(output: Tensor) -> str:
+    return "x".join(str(size) for size in output.shape[1:])

@@ -66,13 +66,14 @@ def predict(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Tensor
         raise ValueError("evaluate: the split is empty. Give one with at least one image.")
     parameter = next(model.parameters(), None)
     device = split.images.device if parameter is None else parameter.device
-    was_training = model.training
+    modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
         logits = [model(images.to(device)) for images, _ in split.batches(batch_size)]
     finally:
-        model.train(was_training)
-    if logits[0].ndim != 2:
+        for part, mode in modes.items():
+            part.training = mode
+    if logits[0].ndim != 2 or len(logits[0]) != min(batch_size, len(split)):
         raise ValueError(
             f"evaluate: the model returned shape {list(logits[0].shape)} for a batch. "
             "A classifier returns logits [N, num_classes]."
@@ -106,12 +107,16 @@ def score(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
             f"score: label {int(labels.max())} with {num_classes} logits an image. "
             "The model needs one output for each class of the data."
         )
-    probs, top_k = logits.softmax(dim=1), min(top_k, num_classes)
-    confusion = tm.multiclass_confusion_matrix(probs, labels, num_classes)
+    # From the logits: softmax rounds, and can make two of them equal.
+    preds, top_k = logits.argmax(dim=1), min(top_k, num_classes)
+    # Below 1, because torchmetrics counts confidences of exactly 1 in a bin of their own.
+    probs = logits.softmax(dim=1).clamp(max=1 - 2**-24)
+    confusion = tm.multiclass_confusion_matrix(preds, labels, num_classes)
     hits = int(confusion.diagonal().sum())
     interval = binomtest(hits, n).proportion_ci(method="wilson")
     weighted = {"num_classes": num_classes, "average": "weighted"}
-    best = logits.topk(top_k, dim=1).indices
+    # Stable like argmax, so that among equal logits the first is taken, on every machine.
+    best = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     return Metrics(
         n=n,
         loss=F.cross_entropy(logits, labels).item(),
@@ -119,9 +124,9 @@ def score(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
         accuracy_interval=(float(interval.low), float(interval.high)),
         top_k=top_k,
         top_k_accuracy=(best == labels[:, None]).any(dim=1).float().mean().item(),
-        precision=tm.multiclass_precision(probs, labels, **weighted).item(),
-        recall=tm.multiclass_recall(probs, labels, **weighted).item(),
-        f1=tm.multiclass_f1_score(probs, labels, **weighted).item(),
+        precision=tm.multiclass_precision(preds, labels, **weighted).item(),
+        recall=tm.multiclass_recall(preds, labels, **weighted).item(),
+        f1=tm.multiclass_f1_score(preds, labels, **weighted).item(),
         calibration_error=tm.multiclass_calibration_error(
             probs, labels, num_classes, n_bins=CALIBRATION_BINS
         ).item(),
@@ -130,14 +135,19 @@ def score(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
     )
 
 
-def reliability(logits: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
-    """Mean confidence and accuracy of each non-empty confidence bin: the reliability diagram."""
-    from sklearn.calibration import calibration_curve
+def reliability(logits: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """The bins of a reliability diagram that hold images: confidence, accuracy, images.
 
+    logits float [N, num_classes], labels int64 [N]. confidence and accuracy are means in the bin,
+    fractions; 15 equal bins, as in calibration_error.
+    """
     confidence, preds = logits.softmax(dim=1).max(dim=1)
-    accuracy, mean_confidence = calibration_curve(
-        (preds == labels).cpu().numpy(),
-        confidence.clamp(0, 1).cpu().numpy(),
-        n_bins=CALIBRATION_BINS,
-    )
-    return mean_confidence.tolist(), accuracy.tolist()
+    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    images = torch.bincount(bins, minlength=CALIBRATION_BINS)
+    sums = {
+        "confidence": torch.bincount(bins, confidence.double(), CALIBRATION_BINS),
+        "accuracy": torch.bincount(bins, (preds == labels).double(), CALIBRATION_BINS),
+    }
+    filled = images > 0
+    means = {name: (total[filled] / images[filled]).tolist() for name, total in sums.items()}
+    return {**means, "images": images[filled].tolist()}

@@ -22,10 +22,13 @@ def register(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(init)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
+        # A subclass computes something else, so it has no spec before it registers its own name.
+        if type(self) is not cls:
+            return
         given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
         # Without defaults, so that an argument added later leaves the spec of older runs alone.
         self.spec = {"model": cls.__name__} | {
-            name: list(value) if isinstance(value, tuple) else value
+            name: list(value) if isinstance(value, (list, tuple)) else value
             for name, value in given.items()
             if value != signature.parameters[name].default
         }

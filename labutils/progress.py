@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+_LINE = "{desc} |{bar}| {remaining} left, {rate_fmt}"
+
 
 class _NotebookBar(tqdm):
     """tqdm in one updated text output: widgets would stay in the saved notebook, and GitHub
@@ -18,7 +20,9 @@ class _NotebookBar(tqdm):
         from IPython.display import display
 
         self._handle = display({"text/plain": ""}, raw=True, display_id=True)
-        super().__init__(file=io.StringIO(), ncols=100, **kwargs)
+        # Two lines: together they would be wider than the output of a notebook.
+        shape = _LINE.replace(" |{bar}", "\n|{bar:40}")
+        super().__init__(file=io.StringIO(), ascii=False, **kwargs | {"bar_format": shape})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         self._handle.update({"text/plain": msg or str(self)}, raw=True)
@@ -40,11 +44,10 @@ class Progress:
     def __init__(self, name: str, *, total: int, done: int, log: Path, show: bool) -> None:
         place = watched() if show else None
         kind = {"notebook": _NotebookBar, "terminal": tqdm}.get(place)
-        shape = "{desc}: {percentage:3.0f}% |{bar:20}| {rate_fmt}, {remaining} left{postfix}"
         self._bar = kind and kind(
-            desc=name, total=total, initial=done, unit=" images", unit_scale=True, bar_format=shape
+            desc=name, total=total, initial=done, unit=" images", unit_scale=True, bar_format=_LINE
         )
-        self._log = log.open("a", buffering=1)
+        self._name, self._log = name, log.open("a", buffering=1)
         self.note(f"{name}: {'continues' if done else 'starts'} at image {done:,} of {total:,}")
 
     def step(self, images: int) -> None:
@@ -52,14 +55,18 @@ class Progress:
             self._bar.update(images)
 
     def epoch(self, row: dict, epochs: int) -> None:
-        scores = (
+        self.note(
             f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.4f} train "
             f"{row['val_loss']:.4f} val, accuracy {100 * row['train_accuracy']:.2f} % train "
-            f"{100 * row['val_accuracy']:.2f} % val"
+            f"{100 * row['val_accuracy']:.2f} % val, {row['images_per_second']:,.0f} images/s"
         )
-        self.note(f"{scores}, {row['images_per_second']:,.0f} images/s")
         if self._bar is not None:
-            self._bar.set_postfix_str(scores, refresh=False)
+            # Short, so that a line of 100 columns holds it beside the bar.
+            scores = (
+                f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} "
+                f"(val {row['val_loss']:.3f}), val accuracy {100 * row['val_accuracy']:.1f} %"
+            )
+            self._bar.set_description_str(f"{self._name}: {scores}", refresh=False)
 
     def note(self, text: str) -> None:
         self._log.write(f"{text}\n")

@@ -6,20 +6,24 @@ is models/NAME-KEY.json, its card, with or without models/NAME-KEY.safetensors b
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import nn
 
 from . import metrics
 from .config import TrainConfig, atomic_write, digest, models_dir, runs_dir, write_json
 from .data import ImageData
-from .tracking import History
+from .tracking import History, open_mirrors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,6 +50,7 @@ class Run:
     place: Path  # the run's folder, or the card of a published run
     model: nn.Module | None = None
     stored: bool = False  # found in the store, not trained by this call
+    track: Any = None  # what train was asked to mirror to; test metrics go there too
     _test: metrics.Metrics | None = field(default=None, repr=False)
 
     @property
@@ -80,10 +85,29 @@ class Run:
                 f"on {data.fingerprint}. Load the data with the same name, val_size and seed."
             )
         if self._test is None:
-            self._test = metrics.evaluate(self.require_model(), data.test)
-            if self.place.is_dir():
+            # A copy with the stored weights: the caller may have gone on changing the model.
+            model = copy.deepcopy(self.require_model())
+            if self.weights.exists():
+                load_weights(model, self.weights)
+            self._test = metrics.evaluate(model, data.test)
+            # An unfinished run goes on in this folder, and its weights will be others.
+            if self.place.is_dir() and self.stop_reason != "interrupted":
                 write_json(self.place / "test.json", self._test.to_json())
+                self._mirror({"test/loss": self._test.loss, "test/accuracy": self._test.accuracy})
         return self._test
+
+    def _mirror(self, values: dict[str, float]) -> None:
+        named = {"name": self.name, "key": self.key, "folder": self.place}
+        for mirror in open_mirrors(self.track, **named, settings=self.info):
+            mirror.summarise(values)
+            mirror.close()
+
+    @property
+    def weights(self) -> Path:
+        """Where the weights of the best epoch are, if they are stored."""
+        if self.place.is_dir():
+            return self.place / "best.safetensors"
+        return self.place.with_suffix(".safetensors")
 
     def require_model(self) -> nn.Module:
         """The model with its best weights. Raises RunError where only the card was published."""
@@ -119,20 +143,21 @@ def find(key: str, model: nn.Module) -> Run | None:
 
     Raises RunError if it is there but damaged.
     """
-    folders = [path for path in runs_dir().glob(f"*-{key}") if path.is_dir()]
+    # A kill in the middle of settle leaves the older run as the only finished one.
+    folders = _folders(key) or _folders(f"{key}.old")
     cards = list(models_dir().glob(f"*-{key}.json"))
     place = next(iter(folders + cards), None)
     if place is None:
         return None
     try:
         run = _read_folder(place, key) if place.is_dir() else _read_card(place)
-        weights = (
-            place / "best.safetensors" if place.is_dir() else place.with_suffix(".safetensors")
-        )
-        if place.is_dir() or weights.exists():
-            load_weights(model, weights)
+        if run.epochs != run.info["epochs"]:
+            raise ValueError(f"its history has {run.epochs} of {run.info['epochs']} epochs")
+        if place.is_dir() or run.weights.exists():
+            load_weights(model, run.weights)
             run.model = model
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    # Text that is valid JSON but of another shape fails as whatever Python makes of it.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise RunError(
             f"the stored run {place} is damaged ({type(error).__name__}: {error}). "
             "Remove it, or call train with retrain=True to replace it."
@@ -140,11 +165,15 @@ def find(key: str, model: nn.Module) -> Run | None:
     return run
 
 
+def _folders(ending: str) -> list[Path]:
+    return [path for path in runs_dir().glob(f"*-{ending}") if path.is_dir()]
+
+
 def _read_folder(place: Path, key: str) -> Run:
     info = json.loads((place / "run.json").read_text())
     test = place / "test.json"
     return Run(
-        name=place.name.removesuffix(f"-{key}"),
+        name=place.name.rpartition(f"-{key}")[0],
         key=key,
         info=info,
         rows=History.load(place / "history.csv").rows,
@@ -168,26 +197,39 @@ def _read_card(place: Path) -> Run:
     )
 
 
-def store_lock(key: str) -> FileLock:
+@contextmanager
+def store_lock(key: str) -> Iterator[None]:
     """Held while a run is trained, so that a second process waits for it instead of repeating it.
 
     Raises OSError if the runs folder cannot be written.
     """
     locks = runs_dir() / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    return FileLock(locks / f"{key}.lock")
+    lock = FileLock(locks / f"{key}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process trains run {key}: waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def settle(part: Path) -> Path:
     """Rename NAME-KEY.part to NAME-KEY, in place of an older run there. Returns the new path."""
     place = part.with_name(part.name.removesuffix(".part"))
     key = place.name.rpartition("-")[2]
-    older = [path for path in part.parent.glob(f"*-{key}") if path.is_dir()]
-    for path in older:
-        path.rename(path.with_name(f"{path.name}.old"))
+    for path in _folders(key):
+        aside = path.with_name(f"{path.name}.old")
+        # A kill during an earlier replacement may have left one behind, half removed.
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
     part.rename(place)
-    for path in older:
-        shutil.rmtree(path.with_name(f"{path.name}.old"))
+    for aside in _folders(f"{key}.old"):
+        shutil.rmtree(aside)
     return place
 
 
@@ -202,8 +244,11 @@ def publish(run: Run, *, weights: bool, command: str) -> Path:
             f"{run.name}: interrupted runs are not published. Train it to the end first."
         )
     card = models_dir() / f"{run.name}-{run.key}.json"
-    if weights and not card.with_suffix(".safetensors").exists():
-        save_weights(card.with_suffix(".safetensors"), run.require_model().state_dict())
+    if weights:
+        run.require_model()
+        if run.place != card:
+            with atomic_write(card.with_suffix(".safetensors")) as file:
+                file.write(run.weights.read_bytes())
     columns = list(run.rows[0])
     write_json(
         card,

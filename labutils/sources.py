@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import tempfile
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import atomic_write, data_dir, digest
+from .config import PositiveInt, atomic_write, check, data_dir, digest
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
 
@@ -87,8 +86,8 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
             f"load_data: image_size = {image_size!r} has no effect on {name!r}. "
             "It is for imagenette and folder:PATH; leave it out."
         )
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-        raise ValueError(f"load_data: image_size = {image_size!r}. Give a number of pixels >= 1.")
+    if image_size is not None:
+        check("load_data", {"image_size": PositiveInt}, {"image_size": image_size})
     if name == "digits":
         return _digits()
     if name.startswith("folder:"):
@@ -142,7 +141,7 @@ def _npz(path: Path, name: str) -> Raw:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
         reason = str(error).strip("'\"").splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"load_data: {path} cannot be read ({reason}). {expected}") from error
     splits = {}
@@ -151,7 +150,8 @@ def _npz(path: Path, name: str) -> Raw:
         labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
         images = images[..., None] if images.ndim == 3 else images
         problem = None
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        shape = images.shape
+        if images.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:]:
             problem = f"x_{split} is {found[f'x_{split}'].dtype} {found[f'x_{split}'].shape}"
         elif labels.ndim != 1 or labels.dtype.kind not in "iu":
             problem = f"y_{split} is {found[f'y_{split}'].dtype} {found[f'y_{split}'].shape}"
@@ -174,14 +174,16 @@ def _class_names(path: Path, name: str, splits: dict[str, Arrays]) -> tuple[str,
     """Names from NAME_names.json beside the file, from what is known, or plain numbers."""
     count = 1 + max(int(labels.max()) for _, labels in splits.values())
     names = KNOWN[name].classes if name in KNOWN else []
+    names = names or [str(label) for label in range(count)]
     beside = path.with_name(f"{name}_names.json")
     if beside.exists():
         try:
-            names = json.loads(beside.read_text())
+            names = json.loads(beside.read_text(encoding="utf-8"))
+            if not isinstance(names, list):
+                raise ValueError(f"it holds {names!r:.40}")
         except ValueError as error:
-            raise DataError(f"load_data: {beside} is not JSON ({error}).") from error
-    names = names or [str(label) for label in range(count)]
-    if not isinstance(names, list) or len(names) < count:
+            raise DataError(f"load_data: {beside} is not a JSON list ({error}).") from error
+    if len(names) < count:
         raise DataError(
             f"load_data: {path} has labels up to {count - 1}, but {len(names)} class names are "
             f"known for {name!r}. Put a JSON list of all {count} names into {beside}."
@@ -200,8 +202,11 @@ def _torchvision(name: str) -> Raw:
             images, labels = np.asarray(dataset.data), np.asarray(dataset.targets, dtype=np.int64)
             images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
             splits[split] = np.ascontiguousarray(images), labels
+            names = known.classes or dataset.classes
             if len(images) != len(labels):
                 raise ValueError(f"{len(images)} images but {len(labels)} labels in {split}")
+            if labels.max() >= len(names):
+                raise ValueError(f"the label {labels.max()} in {split}, but {len(names)} classes")
     # torchvision reports damage as almost any exception, AssertionError among them.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -210,7 +215,6 @@ def _torchvision(name: str) -> Raw:
             f"Delete that folder and run again to download {name!r} anew, "
             f"or put a whole copy at {root / (name + '.npz')}."
         ) from error
-    names = known.classes or dataset.classes
     return Raw(f"torchvision {known.dataset}", tuple(names), splits["train"], splits["test"])
 
 
@@ -231,7 +235,7 @@ def _download(name: str) -> None:
         else:
             fetch(temporary, download=True)
         (temporary / known.folder).replace(root / known.folder)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # a proxy that answers in its own words is no OSError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"load_data: {name!r} is not on disk and could not be downloaded ({reason}).\n"
@@ -285,7 +289,8 @@ def _folder(root: Path, size: int) -> Raw:
     splits, start = {}, 0
     for split, tree in trees.items():
         labels = np.asarray(tree.targets, dtype=np.int64)
-        splits[split] = images[start : start + len(labels)], labels
+        # A view would keep all images in memory beside those that are cut out of it.
+        splits[split] = images[start : start + len(labels)].copy(), labels
         start += len(labels)
     test = splits.get("test") or splits["val"]
     val = splits.get("val") if "test" in splits else None
@@ -302,7 +307,7 @@ def _cached(path: Path) -> np.ndarray | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return file["images"]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception:  # as in _npz
         return None
 
 
@@ -314,11 +319,14 @@ def _decode(path: Path, size: int) -> np.ndarray:
         with Image.open(path) as image:
             image.draft("RGB", (size, size))
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                grey = (np.asarray(image) / 257).round().clip(0, 255)
+                image = Image.fromarray(grey.astype(np.uint8))
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow, too, reports damage as almost any exception
         raise DataError(
             f"load_data: {path} cannot be decoded ({error}). Replace or remove the file."
         ) from error

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from .config import atomic_write
 
@@ -50,8 +51,10 @@ class History:
 
     @classmethod
     def load(cls, path: Path) -> History:
+        """Raises ValueError if a line does not have a number for each column."""
         with path.open(newline="") as file:
-            return cls([_numbers(row) for row in csv.DictReader(file)])
+            lines = list(csv.reader(file))
+        return cls([_numbers(dict(zip(lines[0], line, strict=True))) for line in lines[1:]])
 
 
 def _numbers(row: dict[str, str]) -> Row:
@@ -126,7 +129,8 @@ def _wandb_login() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai") is not None
+        host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -134,8 +138,10 @@ def _wandb_login() -> bool:
 def _wandb(name: str, key: str, folder: Path, settings: dict[str, Any]) -> Mirror:
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline")
-    if not os.environ.get("WANDB_MODE") and mode == "offline":
+    mode = os.environ.get("WANDB_MODE") or "online"
+    # Going online without a login would make W&B ask for one.
+    if mode not in ("offline", "dryrun", "disabled") and not _wandb_login():
+        mode = "offline"
         warnings.warn(
             f"W&B: no login found, so the run is recorded offline under {folder / 'wandb'}. "
             "To send it: `wandb login`, then `wandb sync` on that folder.",
@@ -164,7 +170,7 @@ def _wandb(name: str, key: str, folder: Path, settings: dict[str, Any]) -> Mirro
             stacklevel=4,
         )
         run = start("offline")
-    return Mirror("W&B", run.log, run.summary.update, lambda: run.finish(quiet=True))
+    return Mirror("W&B", run.log, run.summary.update, run.finish)
 
 
 def _tensorboard(name: str, key: str, folder: Path, settings: dict[str, Any]) -> Mirror:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import math
 import platform
 import re
 import signal
@@ -16,18 +17,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoint
 from .config import TrainConfig, device_name, runs_dir, write_json
 from .data import ImageData
-from .metrics import loss_and_accuracy
-from .models import build, num_parameters
+from .metrics import loss_and_accuracy, predict
+from .models import MODELS, build, num_parameters
 from .progress import Progress
 from .runs import Run, RunError, find, run_key, save_weights, settle, store_lock
 from .schedules import lr_factor, make_optimizer, stop_reason
@@ -54,7 +55,8 @@ def train(
     track: see tracking.open_mirrors. progress: live bar, and a line when a stored run is loaded.
     checkpoint_seconds: longest time of work that a kill can cost.
 
-    A run that was cut off goes on by itself and ends with the same bits on the same machine.
+    A run that was cut off goes on when it is called for again, with a model built and seeded like
+    the first, and ends with the same bits on the same machine.
     Ctrl-C stops after the current batch, saves, and returns the unfinished run.
     Raises ValueError for bad arguments; RunError if the loss stops being finite, a checkpoint
     cannot be continued, or the runs folder cannot be written.
@@ -62,16 +64,20 @@ def train(
     config = config or TrainConfig()
     _check_arguments(model, data, config, name)
     model.to(data.train.images.device)
+    _check_outputs(model, data)
     spec, weights = _describe(model, config.seed)
     key = run_key(config, spec, weights, data)
     run = None if retrain else find(key, model)
     if run is None:
-        part = runs_dir() / f"{name}-{key}.part"
+        part = next(runs_dir().glob(f"*-{key}.part"), runs_dir() / f"{name}-{key}.part")
         with _disk_errors(part), store_lock(key):
             # Another process may have finished this very run while we waited for the lock.
             run = None if retrain else find(key, model)
             if run is None:
                 part.mkdir(exist_ok=True)
+                # What a kill in the middle of a write has left; nobody else writes under the lock.
+                for stray in part.glob(".*.tmp"):
+                    stray.unlink()
                 job = _Job(model, data, config, name, key, part, spec)
                 return job.run(track, progress, checkpoint_seconds)
     if progress:
@@ -82,9 +88,11 @@ def train(
 def _check_arguments(model: nn.Module, data: ImageData, config: TrainConfig, name: str) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"train: model = {model!r} is no torch.nn.Module.")
+    if not isinstance(data, ImageData):
+        raise ValueError(f"train: data = {data!r} is no labutils.ImageData.")
     if not isinstance(config, TrainConfig):
         raise ValueError(f"train: config = {config!r} is no labutils.TrainConfig.")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise ValueError(f"train: name = {name!r}. Use letters, digits, '.', '_' and '-' only.")
     if config.batch_size > len(data.train):
         raise ValueError(
@@ -95,25 +103,48 @@ def _check_arguments(model: nn.Module, data: ImageData, config: TrainConfig, nam
         raise ValueError("train: the model has no parameter that requires a gradient.")
 
 
+def _check_outputs(model: nn.Module, data: ImageData) -> None:
+    """A wrong number of outputs shows late on a GPU, and takes the whole process with it."""
+    few = dataclasses.replace(
+        data.train, images=data.train.images[:2], labels=data.train.labels[:2]
+    )
+    shape = predict(model, few).shape
+    if shape[1] != data.num_classes:
+        raise ValueError(
+            f"train: the model has {shape[1]} outputs, the data {data.num_classes} classes. "
+            f"Build it with num_classes={data.num_classes}."
+        )
+
+
 def _describe(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     """The model's spec, and where its weights come from: 'seed', or a digest of them.
 
     Comparing with a fresh model tells the two apart; a digest alone would differ between machines
     whose random numbers differ in the last bit, and published runs would not be found there.
+    What a spec does not say goes into the digest: layers that were changed, and which are frozen.
     """
-    spec = getattr(model, "spec", None)
+    spec, hasher = {"model": repr(model)}, hashlib.sha256()
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    if spec is not None:
+    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+    if type(model) in MODELS.values():
+        spec = model.spec
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            fresh = build(spec).state_dict()
-        if all(torch.equal(value, fresh[name]) for name, value in state.items()):
+            fresh = build(spec)
+        if repr(model) != repr(fresh):
+            hasher.update(repr(model).encode())
+        elif not frozen and _same(state, fresh.state_dict()):
             return spec, "seed"
-    hasher = hashlib.sha256()
+    for name in frozen:
+        hasher.update(f"{name} is frozen".encode())
     for name, value in state.items():
         hasher.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy())
-    return spec or {"model": repr(model)}, hasher.hexdigest()[:12]
+    return spec, hasher.hexdigest()[:12]
+
+
+def _same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return state.keys() == other.keys() and all(map(torch.equal, state.values(), other.values()))
 
 
 class _Job:
@@ -161,6 +192,8 @@ class _Job:
     def run(self, track: Any, progress: bool, checkpoint_seconds: float) -> Run:
         last, size = self.part / "last.pt", len(self.data.train)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), ExitStack() as stack:
+            stack.enter_context(_threads(self.settings["parameters"] * self.config.batch_size))
+            self.threads = torch.get_num_threads() if self.device.type == "cpu" else None
             torch.manual_seed(self.config.seed)
             if last.exists():
                 checkpoint.load(last, self.key, self.state, self.device)
@@ -183,7 +216,11 @@ class _Job:
             interrupted = stack.enter_context(_interrupts())
             reason = self._loop(bar, mirrors, interrupted, checkpoint_seconds)
             bar.note(reason)
-        return self._finish(reason)
+            if self.at.best_epoch:
+                best = self.at.rows[self.at.best_epoch - 1]
+                for mirror in mirrors:
+                    mirror.summarise({f"best/{name}": value for name, value in best.items()})
+        return self._finish(reason, track)
 
     def _loop(
         self, bar: Progress, mirrors: list[Mirror], interrupted: list, checkpoint_seconds: float
@@ -202,7 +239,7 @@ class _Job:
             )
             model.train()
             for images, labels in batches:
-                lr = config.lr * lr_factor(config, at.epoch * self.steps + at.batch, self.steps)
+                lr = self._lr(at.batch)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 logits = model(images)
@@ -225,19 +262,26 @@ class _Job:
                     if interrupted:
                         return "interrupted"
             at.epoch_seconds += time.perf_counter() - started
-            self._end_epoch(lr)
+            self._end_epoch()
             bar.epoch(at.rows[-1], config.epochs)
             for mirror in mirrors:
                 mirror.log(at.rows[-1])
         return reason
 
-    def _end_epoch(self, lr: float) -> None:
+    def _lr(self, batch: int) -> float:
+        """The learning rate for a batch of the current epoch."""
+        step = self.at.epoch * self.steps + batch
+        return self.config.lr * lr_factor(self.config, step, self.steps)
+
+    def _end_epoch(self) -> None:
         at, started = self.at, time.perf_counter()
         self._require_finite()
         train_loss, train_accuracy = self.tally.means()
         speed = self.tally.images / at.epoch_seconds
         scored = self.averaged.module if self.averaged is not None else self.model
         val_loss, val_accuracy = loss_and_accuracy(scored, self.data.val)
+        if not math.isfinite(val_loss):
+            self._diverged("validation loss", val_loss, at.batch - 1)
         seconds = at.epoch_seconds + time.perf_counter() - started
         row = {
             "epoch": at.epoch + 1,
@@ -245,7 +289,7 @@ class _Job:
             "train_accuracy": train_accuracy,
             "val_loss": val_loss,
             "val_accuracy": val_accuracy,
-            "lr": lr,
+            "lr": self._lr(at.batch - 1),
             "images_per_second": round(speed, 1),
             "seconds": round(seconds, 4),
         }
@@ -262,16 +306,17 @@ class _Job:
     def _require_finite(self) -> None:
         losses = self.tally.losses()
         bad = (~losses.isfinite()).nonzero()
-        if not len(bad):
-            return
-        step, kept = int(bad[0]), "there is none yet"
+        if len(bad):
+            self._diverged("loss", float(losses[bad[0]]), int(bad[0]))
+
+    def _diverged(self, what: str, value: float, batch: int) -> NoReturn:
+        kept = "there is none yet"
         if self.at.best_epoch:
             self._save_results()
             kept = f"{self.part / 'best.safetensors'} (epoch {self.at.best_epoch})"
-        lr = self.config.lr * lr_factor(self.config, self.at.epoch * self.steps + step, self.steps)
         raise RunError(
-            f"train: {self.name}: the loss became {float(losses[step])} in epoch "
-            f"{self.at.epoch + 1}, step {step + 1} of {self.steps}, at learning rate {lr:.3g}. "
+            f"train: {self.name}: the {what} became {value} in epoch {self.at.epoch + 1}, "
+            f"step {batch + 1} of {self.steps}, at learning rate {self._lr(batch):.3g}. "
             f"Last good checkpoint: {kept}. Try a lower lr, warmup_epochs or clip_norm."
         )
 
@@ -284,7 +329,7 @@ class _Job:
         History(self.at.rows).save(self.part / "history.csv")
         save_weights(self.part / "best.safetensors", self.at.best_weights)
 
-    def _finish(self, reason: str) -> Run:
+    def _finish(self, reason: str, track: Any) -> Run:
         """Give the model its best weights; make a run that is complete visible to the store."""
         at, place = self.at, self.part
         info = {
@@ -294,7 +339,7 @@ class _Job:
             "stop_reason": reason,
             "seconds": round(at.seconds + at.epoch_seconds, 3),
             "device": device_name(self.device),
-            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "threads": self.threads,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "finished": datetime.date.today().isoformat(),
@@ -306,7 +351,23 @@ class _Job:
             place = settle(self.part)
         if at.best_weights:
             self.model.load_state_dict(at.best_weights)
-        return Run(self.name, self.key, info, at.rows, place, self.model)
+        return Run(self.name, self.key, info, at.rows, place, self.model, track=track)
+
+
+@contextmanager
+def _threads(multiplications: int) -> Iterator[None]:
+    """One thread for steps so small that handing work to a second one costs more than it saves.
+
+    Linear layers on two cores are level at about 2 million multiplications a step and image
+    (benchmarks/threads.py). Where other programs compete for the cores, the gap is far wider.
+    """
+    threads = torch.get_num_threads()
+    if multiplications < 2**21:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

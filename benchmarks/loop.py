@@ -1,0 +1,134 @@
+"""How much the training loop costs: images a second of labutils.train against two yardsticks.
+
+    python benchmarks/loop.py             the table of benchmarks/README.md
+    python benchmarks/loop.py --repeats 9 more repeats, steadier ratios
+
+(a) a bare hand-written loop over the same resident tensors; (b) the usual recipe: a torchvision
+data set, ToTensor and Normalize, a DataLoader with two workers, .item() in every step. All train
+the MLP 64-64 with Adam at batch 128 on MNIST-shaped noise on the CPU. The contestants take turns,
+and ratios are formed within a turn, because the speed of a shared machine drifts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torchvision import transforms
+
+import labutils as lab
+from labutils.config import device_name
+
+IMAGES, BATCH, MEAN, STD = 60_000, 128, 0.1307, 0.3081
+
+
+def make_data() -> lab.ImageData:
+    """Noise in the shape of MNIST, read through the ordinary npz source."""
+    rng = np.random.default_rng(0)
+    folder = tempfile.mkdtemp(prefix="loop-")
+    os.environ |= {"LABUTILS_DATA": folder, "LABUTILS_RUNS": folder}
+    np.savez(
+        f"{folder}/noise.npz",
+        x_train=rng.integers(0, 256, (IMAGES + 1000, 28, 28), dtype=np.uint8),
+        y_train=np.arange(IMAGES + 1000) % 10,
+        x_test=rng.integers(0, 256, (100, 28, 28), dtype=np.uint8),
+        y_test=np.arange(100) % 10,
+    )
+    return lab.load_data("noise", val_size=1000, device="cpu")
+
+
+def make_model(seed: int) -> lab.MLP:
+    lab.seed_everything(seed)
+    return lab.MLP(784, [64, 64], 10)
+
+
+def with_labutils(data: lab.ImageData, turn: int) -> float:
+    config = lab.TrainConfig(epochs=1, batch_size=BATCH, optimizer="adam", seed=turn)
+    run = lab.train(
+        make_model(turn), data, config, name="loop", retrain=True, progress=False, track=None
+    )
+    return run.rows[0]["images_per_second"]
+
+
+def bare_loop(data: lab.ImageData, turn: int) -> float:
+    model, split = make_model(turn), data.train
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    started = time.perf_counter()
+    for index in torch.randperm(len(split)).split(BATCH):
+        images = (split.images[index].float() / 255 - MEAN) / STD
+        loss = F.cross_entropy(model(images), split.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return len(split) / (time.perf_counter() - started)
+
+
+class PictureSet(torch.utils.data.Dataset):
+    """What torchvision.datasets.MNIST does for each image: a PIL image through a transform."""
+
+    def __init__(self, split: lab.Split) -> None:
+        self.images, self.labels = split.images[:, 0], split.labels
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index].numpy())), int(self.labels[index])
+
+
+def usual_recipe(data: lab.ImageData, turn: int) -> float:
+    model = make_model(turn)
+    loader = torch.utils.data.DataLoader(
+        PictureSet(data.train), batch_size=BATCH, shuffle=True, num_workers=2
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    criterion, total = nn.CrossEntropyLoss(), 0.0
+    started = time.perf_counter()
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = criterion(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return len(data.train) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="turns of every contestant")
+    repeats = parser.parse_args().repeats
+    data = make_data()
+    contestants = {
+        "labutils.train": with_labutils,
+        "bare loop": bare_loop,
+        "usual recipe": usual_recipe,
+    }
+    for contestant in contestants.values():
+        contestant(data, 0)
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats):
+        for name, contestant in contestants.items():
+            speeds[name].append(contestant(data, turn))
+    print(
+        f"MLP 64-64, {IMAGES:,} images of 28x28, batch {BATCH}, Adam; median of {repeats} epochs; "
+        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}\n"
+    )
+    print("| | images/s | labutils.train is faster by |\n|---|---|---|")
+    for name, values in speeds.items():
+        ratio = statistics.median(a / b for a, b in zip(speeds["labutils.train"], values))
+        print(f"| {name} | {statistics.median(values):,.0f} | × {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

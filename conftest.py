@@ -1,0 +1,74 @@
+"""nbval compares text to the letter; here numbers may differ a little, and times are masked.
+
+A notebook's metadata, or a cell's, can set the tolerance: {"nbval": {"rtol": 0.02, "atol": 0.05}}.
+A new number agrees with the stored one if |new - stored| <= atol + rtol * |stored|. The text
+between numbers must be equal, and so must whole numbers: they count things.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TOLERANCE = {"rtol": 0.02, "atol": 0.05}
+NUMBER = re.compile(
+    r"(?<![\w.])[-+]?\d+\.\d+(?:[eE][-+]?\d+)?(?![\w.])|(?<![\w.])[-+]?\d+[eE][-+]?\d+"
+)
+
+
+class TolerantText(str):
+    """Text that equals another if it differs in its decimal numbers only, and in those a little."""
+
+    rtol: float
+    atol: float
+
+    def __eq__(self, new: object) -> bool:
+        # Columns are padded to their widest number, so the length of blanks may differ as well.
+        if not isinstance(new, str) or _words(self) != _words(new):
+            return False
+        pairs = zip(map(float, NUMBER.findall(self)), map(float, NUMBER.findall(new)))
+        return all(abs(b - a) <= self.atol + self.rtol * abs(a) for a, b in pairs)
+
+    def __ne__(self, new: object) -> bool:
+        return not self == new
+
+    __hash__ = str.__hash__
+
+
+def _words(text: str) -> list[list[str]]:
+    return [part.split() for part in NUMBER.split(text)]
+
+
+def tolerant(text: str, *, rtol: float, atol: float) -> TolerantText:
+    result = TolerantText(text)
+    result.rtol, result.atol = rtol, atol
+    return result
+
+
+def pytest_configure(config) -> None:
+    if not getattr(config.option, "nbval", False):
+        return
+    from nbval.plugin import IPyNbCell
+
+    config.option.nbval_sanitize_with = config.option.nbval_sanitize_with or str(
+        Path(__file__).parent / "tests" / "nbval_sanitize.cfg"
+    )
+    sanitize, compare = IPyNbCell.sanitize, IPyNbCell.compare_outputs
+
+    def sanitize_tolerant(cell, text):
+        text = sanitize(cell, text)
+        if not isinstance(text, str):
+            return text
+        settings = {
+            **TOLERANCE,
+            **cell.parent.nb.metadata.get("nbval", {}),
+            **cell.cell.metadata.get("nbval", {}),
+        }
+        return tolerant(text, **settings)
+
+    def compare_shown(cell, test, ref, skip_compare=None):
+        # What Claims reports to `batch` repeats, unrounded, what the same cell shows as a table.
+        skip = (*(skip_compare or cell.parent.skip_compare), "application/vnd.labutils+json")
+        return compare(cell, test, ref, skip)
+
+    IPyNbCell.sanitize, IPyNbCell.compare_outputs = sanitize_tolerant, compare_shown

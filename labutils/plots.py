@@ -1,0 +1,220 @@
+"""Every figure. Functions take tables and arrays and return a Matplotlib figure in one house style.
+
+Figures are closed before they are returned: a notebook shows the one that a cell ends with, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PALETTE = sns.color_palette("colorblind")
+GREY = "0.45"
+
+
+@contextmanager
+def _style():
+    rc = {
+        "figure.dpi": 110,
+        "axes.titlesize": 12,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "0.92",
+        "figure.constrained_layout.use": True,
+        "legend.frameon": False,
+    }
+    with plt.rc_context():
+        sns.set_theme(context="notebook", style="ticks", palette=PALETTE, font_scale=0.85, rc=rc)
+        yield
+
+
+def _figure(rows: int, columns: int, width: float, height: float, title: str) -> tuple:
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    plt.close(figure)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, without a date, so that the same figure is the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def image_grid(
+    images: np.ndarray, captions: Sequence[str], *, title: str, columns: int = 10
+) -> Figure:
+    """Images with a caption above each.
+
+    images: uint8 [N, C, H, W], C of 1 or 3.
+    """
+    rows = -(-len(images) // columns)
+    lines = max((caption.count("\n") + 1 for caption in captions), default=1)
+    with _style():
+        size = 9.0 / columns
+        height = 0.45 + rows * (size + 0.17 * lines)
+        figure, axes = _figure(rows, columns, 9.0, height, title)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, image, caption in zip(axes.flat, images, captions):
+            axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+            axis.set_title(caption, loc="center", fontsize=8)
+    return figure
+
+
+def learning_curves(
+    curves: Mapping[str, Sequence[pd.DataFrame]], *, title: str, chance: float | None = None
+) -> Figure:
+    """Loss and accuracy by epoch: mean over seeds, band from lowest to highest, val solid.
+
+    curves: label -> histories of its runs, one a seed. chance: accuracy of guessing, a fraction.
+    """
+    with _style():
+        figure, axes = _figure(1, 2, 9.5, 3.9, title)
+        for axis, what, scale in zip(axes.flat, ("loss", "accuracy"), (1, 100)):
+            for (label, histories), color in zip(curves.items(), PALETTE):
+                for split, dashes in (("val", "-"), ("train", ":")):
+                    column = f"{split}_{what}"
+                    length = max(len(history) for history in histories)
+                    values = np.full((len(histories), length), np.nan)
+                    for row, history in zip(values, histories):
+                        row[: len(history)] = scale * history[column].to_numpy()
+                    epochs = np.arange(1, length + 1)
+                    mean = np.nanmean(values, axis=0)
+                    axis.plot(epochs, mean, dashes, color=color, lw=1.6, label=label)
+                    if split == "val":
+                        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+                        axis.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
+            axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        left, right = axes.flat
+        left.set_ylabel("mean cross-entropy (nats)")
+        left.set_yscale("log")
+        left.yaxis.set_minor_locator(NullLocator())
+        right.set_ylabel("accuracy (%)")
+        if chance:
+            right.axhline(100 * chance, color=GREY, lw=1, ls="--")
+        handles = [line for line in right.get_lines() if line.get_linestyle() == "-"]
+        right.legend(handles, list(curves), title="val —   train ···", loc="lower right")
+    return figure
+
+
+def heatmap(table: pd.DataFrame, *, title: str, label: str, digits: int = 1) -> Figure:
+    """A table of numbers as coloured, annotated cells; its index and columns carry their names."""
+    with _style():
+        width, height = 2.2 + 0.85 * table.shape[1], 1.3 + 0.5 * table.shape[0]
+        figure, axes = _figure(1, 1, max(6.0, width), height, title)
+        axis = axes[0, 0]
+        sns.heatmap(
+            table,
+            ax=axis,
+            annot=True,
+            fmt=f".{digits}f",
+            cmap="viridis",
+            linewidths=0.5,
+            cbar_kws={"label": label},
+        )
+        axis.tick_params(length=0, rotation=0)
+        axis.invert_yaxis()
+    return figure
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str], *, title: str) -> Figure:
+    """Mistakes as a heat map: images of the row's class taken for the column's; hits in grey."""
+    matrix = np.asarray(matrix)
+    hits = np.eye(len(matrix), dtype=bool)
+    with _style():
+        side = max(5.5, 0.48 * len(matrix) + 1.6)
+        figure, axes = _figure(1, 1, side + 0.8, side, title)
+        axis = axes[0, 0]
+        shared = {
+            "annot": np.where(matrix > 0, matrix.astype(str), ""),
+            "fmt": "",
+            "linewidths": 0.5,
+            "ax": axis,
+            "square": True,
+            "xticklabels": classes,
+            "yticklabels": classes,
+        }
+        bar = {"label": "images", "shrink": 0.75, "ticks": MaxNLocator(integer=True)}
+        sns.heatmap(matrix, mask=hits, cmap="Reds", cbar_kws=bar, **shared)
+        grey = {"cmap": ["0.93"], "cbar": False, "annot_kws": {"color": "0.4"}}
+        sns.heatmap(matrix, mask=~hits, **grey, **shared)
+        axis.set_xlabel("predicted class")
+        axis.set_ylabel("true class")
+        axis.tick_params(length=0, rotation=0)
+    return figure
+
+
+def reliability(
+    curves: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, min_images: int = 10
+) -> Figure:
+    """Accuracy against confidence; on the diagonal a network knows what it knows.
+
+    curves: label -> bins as metrics.reliability gives them. Bins of fewer than min_images say
+    nothing and are left out; the area of a point grows with its images.
+    """
+    with _style():
+        figure, axes = _figure(1, 1, 6.4, 4.8, title)
+        axis = axes[0, 0]
+        axis.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", label="perfectly calibrated")
+        for (label, bins), color in zip(curves.items(), PALETTE):
+            images = np.asarray(bins["images"])
+            kept = images >= min_images
+            confidence = np.asarray(bins["confidence"])[kept]
+            accuracy = np.asarray(bins["accuracy"])[kept]
+            axis.plot(confidence, accuracy, "-", color=color, lw=1.3, label=label)
+            axis.scatter(confidence, accuracy, s=6 * np.sqrt(images[kept]), color=color)
+        axis.set_xlabel("confidence (%)")
+        axis.set_ylabel("accuracy at that confidence (%)")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        axis.set(xlim=(0, 1.03), ylim=(0, 1.03))
+        axis.legend(loc="upper left")
+    return figure
+
+
+def dots(
+    table: Mapping[str, Mapping[str, tuple[float, float]]],
+    *,
+    title: str,
+    label: str,
+    marks: Mapping[str, Mapping[str, float]] | None = None,
+) -> Figure:
+    """Groups of results side by side: one row a model, one colour a series, mean ± deviation.
+
+    table: series -> model -> (mean, deviation). marks: name -> model -> value, drawn as open
+    diamonds and vertical bars: published results and targets, say.
+    """
+    models = list(dict.fromkeys(model for series in table.values() for model in series))
+    with _style():
+        figure, axes = _figure(1, 1, 8.0, 1.5 + 0.55 * len(models), title)
+        axis = axes[0, 0]
+        for (name, values), shape in zip((marks or {}).items(), ("D", "|")):
+            rows = [models.index(model) for model in values]
+            style: dict[str, Any] = {"facecolors": "none"} if shape == "D" else {}
+            axis.scatter(
+                list(values.values()), rows, marker=shape, s=70, color=GREY, label=name, **style
+            )
+        for offset, (series, values), color in zip((-0.14, 0.14), table.items(), PALETTE):
+            rows = [models.index(model) + offset for model in values]
+            means, deviations = zip(*values.values())
+            axis.errorbar(means, rows, xerr=deviations, fmt="o", ms=6, color=color, label=series)
+        axis.set_yticks(range(len(models)), models)
+        axis.set_ylim(len(models) - 0.5, -0.5)
+        axis.set_xlabel(label)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure

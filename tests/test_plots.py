@@ -1,0 +1,97 @@
+"""Figures show the numbers they were given, with names and units, and are shown once."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from labutils import plots
+
+
+def history(values):
+    frame = pd.DataFrame({"train_loss": values, "val_loss": np.array(values) + 0.1})
+    frame["train_accuracy"], frame["val_accuracy"] = 1 - frame.train_loss, 1 - frame.val_loss
+    return frame
+
+
+def make_figures():
+    images = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 4), dtype=np.uint8)
+    table = pd.DataFrame(
+        [[1.0, 2.0], [3.0, 4.0]],
+        index=pd.Index([1, 2], name="d"),
+        columns=pd.Index([3, 4], name="w"),
+    )
+    bins = {"confidence": [0.2, 0.9], "accuracy": [0.5, 0.9], "images": [3, 50]}
+    return {
+        "image_grid": plots.image_grid(images, ["a\nb"] * 7, title="T", columns=3),
+        "learning_curves": plots.learning_curves(
+            {"m": [history([0.5, 0.2]), history([0.4])]}, title="T", chance=0.1
+        ),
+        "heatmap": plots.heatmap(table, title="T", label="accuracy (%)"),
+        "confusion": plots.confusion(np.array([[5, 2], [0, 7]]), ["x", "y"], title="T"),
+        "reliability": plots.reliability({"m": bins}, title="T"),
+        "dots": plots.dots(
+            {"ours": {"a": (90.0, 1.0)}, "theirs": {"a": (80.0, 2.0), "b": (70.0, 0.0)}},
+            marks={"target": {"a": 85.0}},
+            title="T",
+            label="accuracy (%)",
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return make_figures()
+
+
+def test_every_figure_draws_within_ten_inches_and_is_not_left_open(figures):
+    for figure in figures.values():
+        figure.canvas.draw()
+        assert 6 <= figure.get_size_inches()[0] <= 10
+        assert figure.get_suptitle() == "T"
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("name", ["learning_curves", "reliability", "dots", "confusion"])
+def test_axes_are_named(figures, name):
+    axes = figures[name].axes[0]
+    assert axes.get_xlabel()
+    assert axes.get_ylabel() or name == "dots"
+
+
+def test_learning_curves_show_the_mean_over_seeds_also_where_one_stopped_early(figures):
+    loss = figures["learning_curves"].axes[0]
+    val = next(line for line in loss.get_lines() if line.get_linestyle() == "-")
+    np.testing.assert_allclose(val.get_ydata(), [0.55, 0.3])
+    accuracy = figures["learning_curves"].axes[1]
+    val = next(line for line in accuracy.get_lines() if line.get_linestyle() == "-")
+    np.testing.assert_allclose(val.get_ydata(), [45.0, 70.0])
+
+
+def test_the_confusion_matrix_prints_its_counts_and_leaves_zeros_blank(figures):
+    shown = sorted(text.get_text() for text in figures["confusion"].axes[0].texts)
+    assert [text for text in shown if text] == ["2", "5", "7"]
+
+
+def test_reliability_leaves_out_bins_that_say_nothing(figures):
+    line = figures["reliability"].axes[0].get_lines()[-1]
+    np.testing.assert_allclose(line.get_xdata(), [0.9])
+
+
+def test_dots_stand_at_the_means_with_models_in_order(figures):
+    axis = figures["dots"].axes[0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "b"]
+    means = [container.lines[0].get_xdata().tolist() for container in axis.containers]
+    assert means == [[90.0], [80.0, 70.0]]
+
+
+def test_the_house_style_stays_inside_the_figures():
+    before = dict(plt.rcParams)
+    make_figures()
+    assert dict(plt.rcParams) == before
+
+
+def test_the_same_numbers_give_the_same_file(tmp_path):
+    for name in ("a.png", "b.png"):
+        plots.save(make_figures()["heatmap"], tmp_path / "new" / name)
+    assert (tmp_path / "new" / "a.png").read_bytes() == (tmp_path / "new" / "b.png").read_bytes()
