@@ -121,6 +121,7 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
     beside output as NAME.failed.ipynb.
     """
     import papermill
+    from traitlets.config import Config
 
     check_parameters(notebook, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,12 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
         draft = Path(folder) / output.name
         try:
             papermill.execute_notebook(
-                notebook, draft, dict(parameters), progress_bar=sys.stderr.isatty()
+                notebook,
+                draft,
+                dict(parameters),
+                progress_bar=sys.stderr.isatty(),
+                # Kernels warn on the terminal when what they send is not encrypted.
+                config=Config(KernelManager={"transport_encryption": "auto"}),
             )
         except papermill.PapermillExecutionError as error:
             draft.replace(failed)

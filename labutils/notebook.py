@@ -80,7 +80,7 @@ def results(scores: Mapping[tuple[str, str], Score]) -> pd.DataFrame:
         key: {
             "parameters": f"{score.runs[0].info['parameters']:,}",
             "seeds": len(score.runs),
-            "accuracy (%)": f"{score.mean():.2f} ± {score.std():.2f}",
+            "accuracy (%)": f"{score.mean():.2f}\u00a0±\u00a0{score.std():.2f}",
             "precision (%)": f"{score.mean('precision'):.2f}",
             "loss (nats)": f"{score.mean('loss'):.3f}",
             "calibration error (%)": f"{score.mean('calibration_error'):.2f}",

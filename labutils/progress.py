@@ -12,20 +12,55 @@ from tqdm import tqdm
 _LINE = "{desc} |{bar}| {remaining} left, {rate_fmt}"
 
 
+class _CellText:
+    """One updated text output a notebook cell: a cell that trains fifty runs shows the latest.
+
+    Widgets would stay in the saved notebook, and GitHub renders no notebook that holds their state.
+    """
+
+    def __init__(self) -> None:
+        self._cell, self._runs, self._handle = None, 0, None
+
+    def next_run(self) -> None:
+        """Start the text of another run, in the cell's output if it has one."""
+        from IPython import display, get_ipython
+
+        cell = getattr(get_ipython(), "execution_count", None)
+        if cell is None or cell != self._cell:
+            self._cell, self._runs = cell, 0
+            self._handle = display.display({"text/plain": ""}, raw=True, display_id=True)
+        self._runs += 1
+
+    def show(self, text: str) -> None:
+        number = f"run {self._runs} of this cell, " if self._runs > 1 else ""
+        self._handle.update({"text/plain": number + text}, raw=True)
+
+
+_cell_text = _CellText()
+
+
+def say(text: str) -> None:
+    """One line about a run: in the cell's updated output in a notebook, else printed."""
+    from IPython import get_ipython
+
+    if get_ipython() is None:
+        print(text)
+    else:
+        _cell_text.next_run()
+        _cell_text.show(text)
+
+
 class _NotebookBar(tqdm):
-    """tqdm in one updated text output: widgets would stay in the saved notebook, and GitHub
-    renders no notebook that holds their state."""
+    """tqdm in the cell's text output."""
 
     def __init__(self, **kwargs) -> None:
-        from IPython.display import display
-
-        self._handle = display({"text/plain": ""}, raw=True, display_id=True)
+        _cell_text.next_run()
         # Two lines: together they would be wider than the output of a notebook.
         shape = _LINE.replace(" |{bar}", "\n|{bar:40}")
         super().__init__(file=io.StringIO(), ascii=False, **kwargs | {"bar_format": shape})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        self._handle.update({"text/plain": msg or str(self)}, raw=True)
+        _cell_text.show(msg or str(self))
 
 
 def watched() -> str | None:

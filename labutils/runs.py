@@ -35,7 +35,7 @@ class RunError(RuntimeError):
     """A run cannot be started, stored, continued or used."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One training: what went in, what came out.
 

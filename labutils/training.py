@@ -29,7 +29,7 @@ from .config import TrainConfig, device_name, runs_dir, write_json
 from .data import ImageData
 from .metrics import loss_and_accuracy, predict
 from .models import MODELS, build, num_parameters
-from .progress import Progress
+from .progress import Progress, say
 from .runs import Run, RunError, find, run_key, save_weights, settle, store_lock
 from .schedules import lr_factor, make_optimizer, stop_reason
 from .tracking import History, Mirror, open_mirrors
@@ -81,7 +81,7 @@ def train(
                 job = _Job(model, data, config, name, key, part, spec)
                 return job.run(track, progress, checkpoint_seconds)
     if progress:
-        print(run)
+        say(str(run))
     return run
 
 
@@ -358,11 +358,11 @@ class _Job:
 def _threads(multiplications: int) -> Iterator[None]:
     """One thread for steps so small that handing work to a second one costs more than it saves.
 
-    Linear layers on two cores are level at about 2 million multiplications a step and image
+    Linear layers on two cores break even between 2 and 7 million multiplications a step
     (benchmarks/threads.py). Where other programs compete for the cores, the gap is far wider.
     """
     threads = torch.get_num_threads()
-    if multiplications < 2**21:
+    if multiplications < 2**22:
         torch.set_num_threads(1)
     try:
         yield

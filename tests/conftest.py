@@ -1,5 +1,6 @@
 """What all unit tests share: one thread, folders of their own, small data sets."""
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,9 @@ from labutils import runs
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # The same examples everywhere, and no failure because a machine was busy.
+    hypothesis.settings.register_profile("labutils", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("labutils")
 
 
 @pytest.fixture(autouse=True)

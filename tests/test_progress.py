@@ -8,10 +8,11 @@ import tty
 from contextlib import ExitStack, suppress
 from types import ModuleType, SimpleNamespace
 
+import IPython
 import pytest
 from IPython import display as ipython_display
 
-from labutils.progress import Progress, watched
+from labutils.progress import Progress, say, watched
 
 ROW = {
     "epoch": 3,
@@ -195,3 +196,17 @@ def test_show_false_prints_nothing(train, terminal, notebook, capsys):
     assert read() == ""
     assert notebook == []
     assert capsys.readouterr().out == ""
+
+
+def test_the_runs_of_one_cell_share_one_output(train, notebook, monkeypatch):
+    shell = SimpleNamespace(execution_count=7)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    train()
+    train()
+    say("loaded")
+    assert [bundle["text/plain"] for bundle in notebook].count("") == 1
+    assert notebook[-1] == {"text/plain": "run 3 of this cell, loaded"}
+    shell.execution_count = 8
+    say("loaded")
+    assert [bundle["text/plain"] for bundle in notebook].count("") == 2
+    assert notebook[-1] == {"text/plain": "loaded"}
