@@ -108,7 +108,14 @@ def learning_curves(
         if chance:
             right.axhline(100 * chance, color=GREY, lw=1, ls="--")
         handles = [line for line in right.get_lines() if line.get_linestyle() == "-"]
-        right.legend(handles, list(curves), title="val —   train ···", loc="lower right")
+        right.legend(
+            handles,
+            list(curves),
+            title="val —   train ···",
+            loc="lower right",
+            frameon=True,
+            edgecolor="none",
+        )
     return figure
 
 
