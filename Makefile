@@ -2,15 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test report results store bench lint clean
+.PHONY: help run test robust report results store bench lint clean
 
 help:
 	@echo 'make run      execute all notebooks with the quick profile into build/'
 	@echo 'make test     unit tests, then the notebooks against their stored outputs'
+	@echo 'make robust   the notebooks again, as other processors and thread counts would run them'
 	@echo 'make report   execute the full profile into reports/ and rebuild the tables'
 	@echo 'make store    execute the notebooks in place: refresh their stored outputs'
 	@echo 'make results  rebuild reports/results.json and the tables of README.md'
-	@echo 'make bench    measure the speed of the training loop'
+	@echo 'make bench    print the tables of benchmarks/README.md (one needs real MNIST)'
 	@echo 'make lint     ruff and the import order'
 
 # uv installs the several GB that torch brings in seconds where pip takes minutes; pip brings uv.
@@ -28,6 +29,12 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python -m pytest --nbval notebooks
 
+robust: .venv/ready
+	for setting in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	    OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 OMP_NUM_THREADS=4; do \
+	  echo $$setting; env $$setting $(BIN)/python -m pytest -q --nbval notebooks || exit 1; \
+	done
+
 report: .venv/ready
 	$(BIN)/python -m labutils run all --profile full
 	$(BIN)/python -m labutils results
@@ -40,6 +47,8 @@ store: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/threads.py
+	$(BIN)/python benchmarks/time_to_accuracy.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import ast
 import difflib
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -129,7 +130,7 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
     # A kernel below a JupyterLab terminal would otherwise believe that somebody watches it.
     watched = os.environ.pop("JPY_SESSION_NAME", None)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=".run-", dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="labutils-run-") as folder:
         draft = Path(folder) / output.name
         try:
             papermill.execute_notebook(
@@ -141,7 +142,7 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
                 config=Config(KernelManager={"transport_encryption": "auto"}),
             )
         except papermill.PapermillExecutionError as error:
-            draft.replace(failed)
+            shutil.move(draft, failed)
             raise NotebookError(
                 f"run: {notebook.stem} failed in cell {error.exec_count}: {error.ename}: "
                 f"{error.evalue}\nWhat ran is in {failed}; {output.name} is as it was."
