@@ -14,12 +14,14 @@ help:
 	@echo 'make bench    print the tables of benchmarks/README.md (one needs real MNIST)'
 	@echo 'make lint     ruff and the import order'
 
-# uv installs the several GB that torch brings in seconds where pip takes minutes; pip brings uv.
+# uv installs the several GB that torch brings in seconds where pip takes minutes; pip brings uv,
+# and steps in where only pip knows the way to a package index.
 .venv/ready: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]' || \
+	  $(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 run: .venv/ready

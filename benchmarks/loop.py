@@ -12,17 +12,20 @@ and ratios are formed within a turn, because the speed of a shared machine drift
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
+import shutil
 import statistics
+import struct
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchvision import transforms
+from torchvision import datasets, transforms
 
 import labutils as lab
 from labutils.config import device_name
@@ -31,18 +34,21 @@ IMAGES, BATCH, MEAN, STD = 60_000, 128, 0.1307, 0.3081
 
 
 def make_data() -> lab.ImageData:
-    """Noise in the shape of MNIST, read through the ordinary npz source."""
-    rng = np.random.default_rng(0)
+    """Noise in the shape of MNIST, in torchvision's files; read through labutils as well."""
     folder = tempfile.mkdtemp(prefix="loop-")
+    atexit.register(shutil.rmtree, folder)
     os.environ |= {"LABUTILS_DATA": folder, "LABUTILS_RUNS": folder}
-    np.savez(
-        f"{folder}/noise.npz",
-        x_train=rng.integers(0, 256, (IMAGES + 1000, 28, 28), dtype=np.uint8),
-        y_train=np.arange(IMAGES + 1000) % 10,
-        x_test=rng.integers(0, 256, (100, 28, 28), dtype=np.uint8),
-        y_test=np.arange(100) % 10,
-    )
-    return lab.load_data("noise", val_size=1000, device="cpu")
+    rng, raw = np.random.default_rng(0), Path(folder, "MNIST", "raw")
+    raw.mkdir(parents=True)
+    for split, count in (("train", IMAGES), ("t10k", 100)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        head = struct.pack(">IIII", 2051, count, 28, 28)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 2049, count) + labels.tobytes()
+        )
+    return lab.load_data("mnist", val_size=100, device="cpu")
 
 
 def make_model(seed: int) -> lab.MLP:
@@ -71,27 +77,11 @@ def bare_loop(data: lab.ImageData, turn: int) -> float:
     return len(split) / (time.perf_counter() - started)
 
 
-class PictureSet(torch.utils.data.Dataset):
-    """What torchvision.datasets.MNIST does for each image: a PIL image through a transform."""
-
-    def __init__(self, split: lab.Split) -> None:
-        self.images, self.labels = split.images[:, 0], split.labels
-        self.transform = transforms.Compose(
-            [transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images[index].numpy())), int(self.labels[index])
-
-
 def usual_recipe(data: lab.ImageData, turn: int) -> float:
     model = make_model(turn)
-    loader = torch.utils.data.DataLoader(
-        PictureSet(data.train), batch_size=BATCH, shuffle=True, num_workers=2
-    )
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    pictures = datasets.MNIST(os.environ["LABUTILS_DATA"], transform=transform)
+    loader = torch.utils.data.DataLoader(pictures, batch_size=BATCH, shuffle=True, num_workers=2)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     criterion, total = nn.CrossEntropyLoss(), 0.0
     started = time.perf_counter()
@@ -101,7 +91,7 @@ def usual_recipe(data: lab.ImageData, turn: int) -> float:
         loss.backward()
         optimizer.step()
         total += loss.item()
-    return len(data.train) / (time.perf_counter() - started)
+    return len(pictures) / (time.perf_counter() - started)
 
 
 def main() -> None:

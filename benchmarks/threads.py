@@ -1,4 +1,4 @@
-"""From which size of a training step on does a second thread pay? One table, times in microseconds.
+"""From which size of a training step on does a second thread pay? Times in microseconds.
 
     python benchmarks/threads.py
 

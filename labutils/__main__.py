@@ -79,14 +79,23 @@ def _run(parsed: argparse.Namespace) -> int:
     full = parsed.profile == "full"
     if parsed.store and (full or given):
         raise ValueError("run: --store keeps the quick profile as it is; leave out other options.")
-    folder = parsed.out or project_dir() / ("reports" if full else "build")
+    # Only the full profile as it stands makes a report; anything else is an experiment.
+    report = full and parsed.out is None and set(given) <= {"retrain"}
+    folder = parsed.out or project_dir() / ("reports" if report else "build")
     failures = 0
     for notebook in batch.find_notebooks(parsed.notebook):
         parameters = {**(batch.full_parameters(notebook) if full else {}), **given}
+        if full and not report:
+            parameters["publish"] = given.get("publish", False)
         output = notebook if parsed.store else folder / notebook.name
         if sys.stderr.isatty():
             print(f"{notebook.stem} → {output}", file=sys.stderr)
-        outcome = batch.run_notebook(notebook, output, parameters)
+        try:
+            outcome = batch.run_notebook(notebook, output, parameters)
+        except batch.NotebookError as error:
+            print(error, file=sys.stderr)
+            failures += 1
+            continue
         print(outcome, flush=True)
         failures += bool(outcome.failed) and not full and not given
     return int(failures > 0)

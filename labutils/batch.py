@@ -21,6 +21,7 @@ import yaml
 from .config import atomic_write, project_dir, write_json
 from .notebook import MEDIA_TYPE
 
+FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -84,12 +85,12 @@ def parameters_of(notebook: Path) -> dict[str, Any]:
     raise NotebookError(f"run: {notebook.name} has no cell tagged 'parameters'.")
 
 
-def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
-    """Refuse unknown names and values of another type before anything runs.
+def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse unknown names and values of another type before anything runs. Returns the values.
 
     Raises NotebookError naming the parameter and those that the notebook has.
     """
-    known = parameters_of(notebook)
+    known, values = parameters_of(notebook), dict(given)
     for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -98,6 +99,8 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
                 f"run: {notebook.stem} has no parameter {name!r}.{hint} It has: {', '.join(known)}."
             )
         kind = type(known[name])
+        if kind is float and isinstance(value, str) and FLOAT.fullmatch(value):
+            value = values[name] = float(value)  # YAML takes 1e-3 for text
         fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not fits and not (kind is float and type(value) is int):
             wanted = KIND_NAMES.get(kind, f"a {kind.__name__}")
@@ -105,6 +108,7 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
                 f"run: {notebook.stem}: {name} = {value!r}. Give {wanted}, like its default "
                 f"{known[name]!r}."
             )
+    return values
 
 
 def full_parameters(notebook: Path) -> dict[str, Any]:
@@ -119,14 +123,14 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
     """Execute a notebook into output, which is replaced only when every cell ran.
 
     Raises NotebookError for parameters that do not fit, or if a cell fails; what ran is then kept
-    beside output as NAME.failed.ipynb.
+    in build/failed/.
     """
     import papermill
     from traitlets.config import Config
 
-    check_parameters(notebook, parameters)
+    parameters = check_parameters(notebook, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
-    failed = output.with_suffix(".failed.ipynb")
+    failed = project_dir() / "build" / "failed" / output.name
     # A kernel below a JupyterLab terminal would otherwise believe that somebody watches it.
     watched = os.environ.pop("JPY_SESSION_NAME", None)
     started = time.monotonic()
@@ -136,12 +140,13 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
             papermill.execute_notebook(
                 notebook,
                 draft,
-                dict(parameters),
+                parameters,
                 progress_bar=sys.stderr.isatty(),
                 # Kernels warn on the terminal when what they send is not encrypted.
                 config=Config(KernelManager={"transport_encryption": "auto"}),
             )
         except papermill.PapermillExecutionError as error:
+            failed.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(draft, failed)
             raise NotebookError(
                 f"run: {notebook.stem} failed in cell {error.exec_count}: {error.ename}: "

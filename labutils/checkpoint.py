@@ -87,7 +87,7 @@ class Stateful(Protocol):
 def save(path: Path, key: str, parts: dict[str, Stateful], device: torch.device) -> None:
     """Write the state of all parts and of torch's random numbers as one atomic file."""
     state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"key": key, "rng": torch.get_rng_state()}
+    state |= {"key": key, "device": device.type, "rng": torch.get_rng_state()}
     if device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state(device)
     # Writing straight to a file, torch reports a full disk as a RuntimeError about positions.
@@ -113,6 +113,11 @@ def load(path: Path, key: str, parts: dict[str, Stateful], device: torch.device)
         ) from error
     if not isinstance(state, dict) or state.get("key") != key:
         raise RunError(f"train: the checkpoint {path} belongs to another run. {advice}")
+    if state["device"] != device.type:
+        raise RunError(
+            f"train: the checkpoint {path} was made on {state['device']}, this is {device.type}: "
+            f"the run would not continue with the same bits. Go on there, or start anew. {advice}"
+        )
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])

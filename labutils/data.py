@@ -71,7 +71,7 @@ class Split:
         has nothing to normalise there.
         """
         device = self.images.device
-        order = torch.randperm(len(self), device=device, generator=_generator(device, seed, epoch))
+        order = torch.randperm(len(self), generator=_generator(seed, epoch)).to(device)
         num_batches = self.num_batches(batch_size)
         order = order[: num_batches * batch_size]
         group = _batches_at_once(self.images, batch_size)
@@ -79,7 +79,7 @@ class Split:
             index = order[first * batch_size : (first + group) * batch_size]
             images = self.normalise(self.images[index])
             if augment and augment.changes():
-                images = distort(images, augment, _generator(device, seed, epoch, first))
+                images = distort(images, augment, _generator(seed, epoch, first))
             cut = zip(images.split(batch_size), self.labels[index].split(batch_size))
             for number, batch in enumerate(cut, first):
                 if number >= start:
@@ -90,7 +90,7 @@ class Split:
 class ImageData:
     """A data set cut into train, val and test, on one device.
 
-    fingerprint names the content: pixels, labels and the cut.
+    fingerprint names the content: pixels, labels, class names and the cut.
     """
 
     name: str
@@ -159,6 +159,7 @@ def load_data(
     kinds = {"val_size": float, "subset": float, "seed": Seed}
     check("load_data", kinds, {"val_size": val_size, "subset": subset, "seed": seed})
     device = resolve_device(device)
+    check("load_data", {"name": str}, {"name": name})
     raw = read(name, image_size=image_size)
     train = np.arange(len(raw.train[1]))
     if raw.val is None:
@@ -239,10 +240,10 @@ def _batches_at_once(images: Tensor, batch_size: int) -> int:
     return max(1, budget // (batch_size * images[0].numel() * 4))
 
 
-def _generator(device: torch.device, *key: int) -> torch.Generator:
-    """Random numbers that depend on the key alone."""
+def _generator(*key: int) -> torch.Generator:
+    """Random numbers that depend on the key alone: drawn on the CPU, the same for every device."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
 def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
@@ -251,7 +252,7 @@ def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Ten
     images: float [N, C, H, W]. Returns the same shape. The three draws are independent and uniform.
     """
     n, _, height, width = images.shape
-    draw = torch.rand(4, n, generator=generator, device=images.device).mul_(2).sub_(1)
+    draw = torch.rand(4, n, generator=generator).mul_(2).sub_(1).to(images.device)
     angle, zoom = draw[0] * math.radians(augment.rotate), 1 + draw[1] * augment.zoom
     shift_x = draw[2] * (2 * augment.translate / width)
     shift_y = draw[3] * (2 * augment.translate / height)

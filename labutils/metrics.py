@@ -141,7 +141,8 @@ def reliability(logits: Tensor, labels: Tensor) -> dict[str, list[float]]:
     logits float [N, num_classes], labels int64 [N]. confidence and accuracy are means in the bin,
     fractions; 15 equal bins, as in calibration_error.
     """
-    confidence, preds = logits.softmax(dim=1).max(dim=1)
+    labels = labels.cpu()
+    confidence, preds = logits.cpu().softmax(dim=1).max(dim=1)
     bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
     images = torch.bincount(bins, minlength=CALIBRATION_BINS)
     sums = {

@@ -102,3 +102,9 @@ class MLP(nn.Sequential):
         if dropout:
             layers.append(nn.Dropout(dropout))
         super().__init__(*layers, nn.Linear(width, num_classes))
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A layer, or a plain Sequential of the layers in a slice: model[:-1] has no head."""
+        if isinstance(index, slice):
+            return nn.Sequential(*list(self)[index])
+        return super().__getitem__(index)

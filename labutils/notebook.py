@@ -18,7 +18,7 @@ import torch
 from . import __version__
 from .config import check, device_name, resolve_device, seed_everything
 from .data import ImageData
-from .runs import Run
+from .runs import Run, RunError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +55,8 @@ class Score:
 
     def values(self, what: str) -> list[float]:
         """One number a seed. what: a field of Metrics, on the test split, or epochs or seconds."""
+        if stopped := [run.name for run in self.runs if run.stop_reason == "interrupted"]:
+            raise RunError(f"results: {', '.join(stopped)} interrupted. Train to the end first.")
         if what in ("epochs", "seconds"):
             return [float(getattr(run, what)) for run in self.runs]
         scale = 1 if what == "loss" else 100
@@ -69,10 +71,13 @@ class Score:
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def results(scores: Mapping[tuple[str, str], Score]) -> pd.DataFrame:
+def results(
+    scores: Mapping[tuple[str, str], Score], **references: Mapping[str, float]
+) -> pd.DataFrame:
     """The table of a comparison on the test split: means over seeds, accuracy with its deviation.
 
-    scores: (recipe, model) -> Score.
+    scores: (recipe, model) -> Score. references: more columns, model -> accuracy in percent, a
+    published result for example.
     """
     import pandas as pd
 
@@ -81,6 +86,7 @@ def results(scores: Mapping[tuple[str, str], Score]) -> pd.DataFrame:
             "parameters": f"{score.runs[0].info['parameters']:,}",
             "seeds": len(score.runs),
             "accuracy (%)": f"{score.mean():.2f}\u00a0±\u00a0{score.std():.2f}",
+            **{f"{name} (%)": values.get(key[1]) for name, values in references.items()},
             "precision (%)": f"{score.mean('precision'):.2f}",
             "loss (nats)": f"{score.mean('loss'):.3f}",
             "calibration error (%)": f"{score.mean('calibration_error'):.2f}",

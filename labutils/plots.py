@@ -61,7 +61,7 @@ def image_grid(
 
     images: uint8 [N, C, H, W], C of 1 or 3.
     """
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))
     lines = max((caption.count("\n") + 1 for caption in captions), default=1)
     with _style():
         size = 9.0 / columns
@@ -216,7 +216,9 @@ def dots(
             axis.scatter(
                 list(values.values()), rows, marker=shape, s=70, color=GREY, label=name, **style
             )
-        for offset, (series, values), color in zip((-0.14, 0.14), table.items(), PALETTE):
+        # Not the colours that stand for models in the other figures of a notebook.
+        colors = PALETTE[7], PALETTE[9]
+        for offset, (series, values), color in zip((-0.14, 0.14), table.items(), colors):
             rows = [models.index(model) + offset for model in values]
             means, deviations = zip(*values.values())
             axis.errorbar(means, rows, xerr=deviations, fmt="o", ms=6, color=color, label=series)

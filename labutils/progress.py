@@ -41,9 +41,8 @@ _cell_text = _CellText()
 
 def say(text: str) -> None:
     """One line about a run: in the cell's updated output in a notebook, else printed."""
-    from IPython import get_ipython
-
-    if get_ipython() is None:
+    ipython = sys.modules.get("IPython")
+    if ipython is None or ipython.get_ipython() is None:
         print(text)
     else:
         _cell_text.next_run()

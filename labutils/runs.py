@@ -71,7 +71,12 @@ class Run:
         return self.info["stop_reason"]
 
     def best(self, column: str) -> float:
-        """A column of the history at the best epoch, whose weights were kept."""
+        """A column of the history at the best epoch, whose weights were kept.
+
+        Raises RunError if the run was interrupted before its first epoch ended.
+        """
+        if not self.info["best_epoch"]:
+            raise RunError(f"{self.name}: {self.stop_reason} before the first epoch ended.")
         return self.rows[self.info["best_epoch"] - 1][column]
 
     def test(self, data: ImageData) -> metrics.Metrics:
@@ -92,7 +97,12 @@ class Run:
             self._test = metrics.evaluate(model, data.test)
             # An unfinished run goes on in this folder, and its weights will be others.
             if self.place.is_dir() and self.stop_reason != "interrupted":
-                write_json(self.place / "test.json", self._test.to_json())
+                try:
+                    write_json(self.place / "test.json", self._test.to_json())
+                except OSError as error:
+                    raise RunError(
+                        f"{self.name}: cannot write to {self.place} ({error})."
+                    ) from error
                 self._mirror({"test/loss": self._test.loss, "test/accuracy": self._test.accuracy})
         return self._test
 
@@ -209,7 +219,8 @@ def store_lock(key: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process trains run {key}: waiting for it", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"another process trains run {key}: waiting for it", file=sys.stderr)
         lock.acquire()
     try:
         yield
@@ -246,6 +257,11 @@ def publish(run: Run, *, weights: bool, command: str) -> Path:
     card = models_dir() / f"{run.name}-{run.key}.json"
     if weights:
         run.require_model()
+        if run.place != card and not run.weights.exists():
+            raise RunError(
+                f"{run.name}: {run.weights} is gone; another run of the same settings has replaced "
+                "it. Give every run settings of its own, a seed for example."
+            )
         if run.place != card:
             with atomic_write(card.with_suffix(".safetensors")) as file:
                 file.write(run.weights.read_bytes())

@@ -13,13 +13,14 @@ import socket
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .config import PositiveInt, atomic_write, check, data_dir, digest
+from .config import PositiveInt, atomic_write, check, data_dir, digest, project_dir
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
 
@@ -91,7 +92,9 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
     if name == "digits":
         return _digits()
     if name.startswith("folder:"):
-        return _folder(Path(name.removeprefix("folder:")).expanduser(), image_size or 64)
+        return _folder(
+            project_dir() / Path(name.removeprefix("folder:")).expanduser(), image_size or 64
+        )
     if (npz := data_dir() / f"{name}.npz").exists():
         return _npz(npz, name)
     if name not in KNOWN:
@@ -284,7 +287,8 @@ def _folder(root: Path, size: int) -> Raw:
     if images is None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             images = np.stack(list(pool.map(lambda file: _decode(file, size), files)))
-        with atomic_write(cache) as target:
+        # Where it cannot be kept, decoding is done anew next time.
+        with suppress(OSError), atomic_write(cache) as target:
             np.savez(target, images=images)
     splits, start = {}, 0
     for split, tree in trees.items():

@@ -24,6 +24,9 @@ KINDS = ("wandb", "tensorboard")
 Row = dict[str, float | int]
 
 
+_wandb_offline = False  # set by the first failure, so that a sweep waits and warns only once
+
+
 class History:
     """One row an epoch, in memory; `save` writes them all."""
 
@@ -136,24 +139,28 @@ def _wandb_login() -> bool:
 
 
 def _wandb(name: str, key: str, folder: Path, settings: dict[str, Any]) -> Mirror:
+    global _wandb_offline
+    # Without this W&B greets on stderr, which would stay in a saved notebook.
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or "online"
+    local = mode in ("offline", "dryrun", "disabled")
     # Going online without a login would make W&B ask for one.
-    if mode not in ("offline", "dryrun", "disabled") and not _wandb_login():
-        mode = "offline"
+    if not local and not _wandb_offline and not _wandb_login():
+        _wandb_offline = True
         warnings.warn(
-            f"W&B: no login found, so the run is recorded offline under {folder / 'wandb'}. "
-            "To send it: `wandb login`, then `wandb sync` on that folder.",
+            "W&B: no login found, so runs are recorded offline in a folder wandb inside of each. "
+            "To send them: `wandb login`, then `wandb sync` on that folder.",
             stacklevel=4,
         )
 
-    def start(mode: str):
+    def start(mode: str, run_id: str) -> Any:
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "labutils"),
             name=name,
             # The key makes a resumed run continue its own record instead of opening another.
-            id=key,
+            id=run_id,
             resume="allow",
             dir=str(folder),
             config=settings,
@@ -161,15 +168,20 @@ def _wandb(name: str, key: str, folder: Path, settings: dict[str, Any]) -> Mirro
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
 
-    try:
-        run = start(mode)
-    except (wandb.Error, OSError, TimeoutError) as error:
-        warnings.warn(
-            f"W&B is out of reach ({error}), so the run is recorded offline under "
-            f"{folder / 'wandb'}. To send it later: `wandb sync` on that folder.",
-            stacklevel=4,
-        )
-        run = start("offline")
+    run = None
+    if not _wandb_offline:
+        try:
+            run = start(mode, key)
+        # A service can fail in its own words; the run that it would only watch goes on.
+        except Exception as error:
+            _wandb_offline = True
+            warnings.warn(
+                f"W&B is out of reach ({error}), so runs are recorded offline from now on, in a "
+                "folder wandb inside of each. To send them later: `wandb sync` on that folder.",
+                stacklevel=4,
+            )
+    # Another id, because W&B still holds the one whose start failed.
+    run = run or start("offline", f"{key}-offline")
     return Mirror("W&B", run.log, run.summary.update, run.finish)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import inspect
 import math
 import platform
 import re
@@ -49,7 +50,8 @@ def train(
     """Train a classifier, or load the finished run that did exactly this before.
 
     model: takes float32 [n, C, H, W], returns logits [n, num_classes]; it is moved to the device of
-        the data and ends with the weights of the best epoch by config.monitor.
+        the data and ends with the weights of the best epoch by config.monitor; where only the card
+        of the run is published, it stays as it is and the run has no model.
     name: label of the run and first part of its folder's name; letters, digits, '.', '_', '-'.
     retrain: train although a finished run is stored, and replace it when done.
     track: see tracking.open_mirrors. progress: live bar, and a line when a stored run is loaded.
@@ -69,8 +71,8 @@ def train(
     key = run_key(config, spec, weights, data)
     run = None if retrain else find(key, model)
     if run is None:
-        part = next(runs_dir().glob(f"*-{key}.part"), runs_dir() / f"{name}-{key}.part")
-        with _disk_errors(part), store_lock(key):
+        with _disk_errors(runs_dir()), store_lock(key):
+            part = next(runs_dir().glob(f"*-{key}.part"), runs_dir() / f"{name}-{key}.part")
             # Another process may have finished this very run while we waited for the lock.
             run = None if retrain else find(key, model)
             if run is None:
@@ -108,7 +110,14 @@ def _check_outputs(model: nn.Module, data: ImageData) -> None:
     few = dataclasses.replace(
         data.train, images=data.train.images[:2], labels=data.train.labels[:2]
     )
-    shape = predict(model, few).shape
+    try:
+        shape = predict(model, few).shape
+    except RuntimeError as error:
+        raise ValueError(
+            f"train: the model cannot take images of shape {data.image_shape} "
+            f"({str(error).splitlines()[0]}). Build it for data.image_shape, an MLP with "
+            f"in_features={data.num_features}."
+        ) from error
     if shape[1] != data.num_classes:
         raise ValueError(
             f"train: the model has {shape[1]} outputs, the data {data.num_classes} classes. "
@@ -135,12 +144,24 @@ def _describe(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
             hasher.update(repr(model).encode())
         elif not frozen and _same(state, fresh.state_dict()):
             return spec, "seed"
+    for kind in sorted({type(part) for part in model.modules()}, key=repr):
+        # What a network of your own computes is in its code; repr and weights do not show it.
+        if not kind.__module__.startswith(("torch.", "labutils.")):
+            hasher.update(_code(kind))
     for name in frozen:
         hasher.update(f"{name} is frozen".encode())
     for name, value in state.items():
         hasher.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy())
     return spec, hasher.hexdigest()[:12]
+
+
+def _code(kind: type) -> bytes:
+    try:
+        return inspect.getsource(kind).encode()
+    except (OSError, TypeError):  # typed into an interpreter that keeps no source
+        code = kind.forward.__code__
+        return repr((code.co_code, code.co_consts, code.co_names)).encode()
 
 
 def _same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -192,7 +213,7 @@ class _Job:
     def run(self, track: Any, progress: bool, checkpoint_seconds: float) -> Run:
         last, size = self.part / "last.pt", len(self.data.train)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), ExitStack() as stack:
-            stack.enter_context(_threads(self.settings["parameters"] * self.config.batch_size))
+            stack.enter_context(_threads(self.model, self.config.batch_size, self.device))
             self.threads = torch.get_num_threads() if self.device.type == "cpu" else None
             torch.manual_seed(self.config.seed)
             if last.exists():
@@ -261,6 +282,8 @@ class _Job:
                     saved = time.monotonic()
                     if interrupted:
                         return "interrupted"
+            # Reading the losses waits for the device, so that its time is counted.
+            self._require_finite()
             at.epoch_seconds += time.perf_counter() - started
             self._end_epoch()
             bar.epoch(at.rows[-1], config.epochs)
@@ -275,7 +298,6 @@ class _Job:
 
     def _end_epoch(self) -> None:
         at, started = self.at, time.perf_counter()
-        self._require_finite()
         train_loss, train_accuracy = self.tally.means()
         speed = self.tally.images / at.epoch_seconds
         scored = self.averaged.module if self.averaged is not None else self.model
@@ -355,14 +377,18 @@ class _Job:
 
 
 @contextmanager
-def _threads(multiplications: int) -> Iterator[None]:
-    """One thread for steps so small that handing work to a second one costs more than it saves.
+def _threads(model: nn.Module, batch_size: int, device: torch.device) -> Iterator[None]:
+    """One CPU thread for perceptrons so small that a second one gains next to nothing.
 
-    Linear layers on two cores break even between 2 and 7 million multiplications a step
-    (benchmarks/threads.py). Where other programs compete for the cores, the gap is far wider.
+    Below 4 million multiplications a step it gains a fifth at best (benchmarks/threads.py), and
+    where other programs compete for the cores, waiting for it costs up to a hundred times as much.
     """
     threads = torch.get_num_threads()
-    if multiplications < 2**22:
+    holders = [part for part in model.modules() if part._parameters]
+    multiplications = batch_size * sum(p.numel() for p in model.parameters())
+    # In other layers, convolutions say, a parameter takes part in many multiplications an image.
+    flat = all(isinstance(part, nn.Linear | nn.BatchNorm1d) for part in holders)
+    if device.type == "cpu" and flat and multiplications < 2**22:
         torch.set_num_threads(1)
     try:
         yield
@@ -391,11 +417,11 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _disk_errors(part: Path) -> Iterator[None]:
+def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise RunError(
-            f"train: cannot write to {part} ({error.strerror or error}). What was saved before is "
-            "whole. Free space or set LABUTILS_RUNS to a folder that can be written, and run again."
+            f"train: cannot write to {folder} ({error.strerror or error}). What was saved before "
+            "is whole. Free space or set LABUTILS_RUNS to a folder that can be written, then go on."
         ) from error

@@ -59,10 +59,10 @@ def test_a_failing_cell_is_named_and_the_earlier_output_stays(make_notebook, pro
     with pytest.raises(batch.NotebookError, match=r"1\.1_demo failed.*ZeroDivisionError") as error:
         batch.run_notebook(make_notebook("1 / 0"), output, {})
     assert output.read_text() == "the earlier report"
-    kept = output.with_suffix(".failed.ipynb")
+    kept = project / "build" / "failed" / output.name
     assert str(kept) in str(error.value)
     assert "ZeroDivisionError" in kept.read_text()
-    assert sorted(path.name for path in output.parent.iterdir()) == sorted([output.name, kept.name])
+    assert list(output.parent.iterdir()) == [output]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,9 @@ def test_parameters_that_do_not_fit_are_refused_before_anything_runs(
     assert not output.parent.exists()
 
 
-def test_a_whole_number_is_good_enough_for_a_number(make_notebook):
-    batch.check_parameters(make_notebook(), {"lr": 1})
+def test_a_whole_number_and_an_exponent_are_good_enough_for_a_number(make_notebook):
+    assert batch.check_parameters(make_notebook(), {"lr": 1}) == {"lr": 1}
+    assert batch.check_parameters(make_notebook(), {"lr": "1e-3"}) == {"lr": 0.001}
 
 
 def test_notebooks_are_found_by_number_name_and_all(make_notebook):

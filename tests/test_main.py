@@ -41,6 +41,28 @@ def test_full_goes_to_reports_with_its_yaml_and_overrides(outcome, tmp_path):
     assert outcome[0][2] == {"epochs": 60, "retrain": True}
 
 
+def test_an_experiment_with_the_full_profile_is_no_report(outcome, tmp_path):
+    assert cli.main(["run", "1.1", "--profile", "full", "-p", "epochs", "3"]) == 0
+    assert cli.main(["run", "1.1", "--profile", "full", "--out", str(tmp_path / "x")]) == 0
+    assert [call[1].parent.name for call in outcome] == ["build", "x"]
+    assert [call[2]["publish"] for call in outcome] == [False, False]
+
+
+def test_a_notebook_that_fails_does_not_keep_the_others_from_running(
+    outcome, tmp_path, monkeypatch, capsys
+):
+    def run(notebook, output, parameters):
+        outcome.append(notebook.stem)
+        raise batch.NotebookError(f"{notebook.stem} failed")
+
+    paths = [tmp_path / "1.1_a.ipynb", tmp_path / "1.2_b.ipynb"]
+    monkeypatch.setattr(batch, "find_notebooks", lambda name: paths)
+    monkeypatch.setattr(batch, "run_notebook", run)
+    assert cli.main(["run", "all"]) == 1
+    assert outcome == ["1.1_a", "1.2_b"]
+    assert capsys.readouterr().err == "1.1_a failed\n1.2_b failed\n"
+
+
 def test_store_writes_into_the_notebook_itself_and_takes_no_parameters(outcome, tmp_path, capsys):
     cli.main(["run", "1.1", "--store"])
     assert outcome[0][1] == tmp_path / "notebooks" / "1.1_demo.ipynb"

@@ -157,3 +157,10 @@ def test_a_bad_argument_is_named_with_its_value(argument, value, message):
 def test_all_bad_arguments_are_named_at_once():
     with pytest.raises(ValueError, match=r"(?s)in_features.*hidden\[0\].*hidden\[2\].*dropout"):
         lab.MLP(0, [0, 8, -3], 4, dropout=2)
+
+
+def test_a_slice_is_the_network_without_its_head():
+    model = lab.MLP(12, [5, 4], 3)
+    images = torch.randn(2, 12)
+    torch.testing.assert_close(model[-1](model[:-1](images)), model(images))
+    assert not hasattr(model[:-1], "spec")

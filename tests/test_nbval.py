@@ -33,6 +33,7 @@ CASES = {
     "count changed": (stored("print('3 of 4 claims')", "4 of 4 claims\n"), False),
     "version text changed": (stored("print('v2.1.3')", "v2.1.4\n"), False),
     "time masked": (stored("print('took 9.7 s')", "took 0.4 s\n"), True),
+    "at the end of a sentence": (stored("print('It is 97.5.')", "It is 97.0.\n"), True),
     "columns padded": (stored("print('a  9.99')", "a 10.01\n"), True),
     "cell sets a wider one": (
         stored("print('acc 94.50 %')", "acc 97.50 %\n", nbval={"atol": 5.0}),

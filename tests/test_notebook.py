@@ -1,5 +1,6 @@
 """Set-up line, scores and claims of a notebook."""
 
+import copy
 import statistics
 
 import pytest
@@ -65,6 +66,20 @@ def test_the_results_table_has_a_row_a_model_with_its_numbers(runs):
     assert shown["accuracy (%)"].split() == [f"{score.mean():.2f}", "±", f"{score.std():.2f}"]
     assert shown["parameters"] == "610"
     assert shown["seeds"] == 3
+
+
+def test_references_are_columns_of_the_table(runs):
+    data, found = runs
+    table = lab.results({("ours", "tiny"): lab.Score(found, data)}, published={"tiny": 69.9})
+    assert table.loc[("ours", "tiny"), "published (%)"] == 69.9
+
+
+def test_an_interrupted_run_is_no_result(runs):
+    data, found = runs
+    stopped = copy.copy(found[0])
+    stopped.info = {**found[0].info, "stop_reason": "interrupted"}
+    with pytest.raises(lab.RunError, match="m0 interrupted"):
+        lab.Score([stopped, found[1]], data).mean()
 
 
 def test_claims_show_what_holds_and_what_fails():

@@ -216,7 +216,7 @@ def test_wandb_asked_for_by_name_without_a_login_records_offline(start, tmp_path
         mirror.close()
     # W&B writes from a process of its own; this waits until it has ended.
     wandb.teardown()
-    (record,) = (tmp_path / "wandb").glob("offline-run-*-abc/*.wandb")
+    (record,) = (tmp_path / "wandb").glob("offline-run-*-abc*/*.wandb")
     assert b"0.123456789" in record.read_bytes()
     assert b"0.987654321" in record.read_bytes()
 

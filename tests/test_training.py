@@ -1,5 +1,6 @@
 """Training: equal to a bare loop, found again, continued with the same bits, clear in failure."""
 
+import inspect
 import itertools
 import json
 import multiprocessing
@@ -534,7 +535,7 @@ def test_a_full_disk_is_named_and_what_was_saved_is_whole(data, tmp_path, limit)
     assert exit_code(in_child(train_until_the_disk_is_full, width, limit, answer)) == 0
     [part] = tmp_path.glob("runs/*.part")
     message = answer.read_text()
-    assert f"train: cannot write to {part} (File too large)" in message
+    assert f"train: cannot write to {part.parent} (File too large)" in message
     assert "Free space or set LABUTILS_RUNS" in message
     assert {path.name for path in part.iterdir()} == {
         *("config.json", "history.csv", "last.pt", "train.log")
@@ -546,7 +547,7 @@ def test_a_full_disk_is_named_and_what_was_saved_is_whole(data, tmp_path, limit)
 
 def test_a_runs_folder_that_is_a_file_is_named(data, tmp_path):
     (tmp_path / "runs").write_text("in the way")
-    wanted = rf"cannot write to {tmp_path}/runs/run-\w+\.part .* set LABUTILS_RUNS"
+    wanted = rf"cannot write to {tmp_path}/runs .* set LABUTILS_RUNS"
     with pytest.raises(RunError, match=wanted):
         train(data)
 
@@ -592,6 +593,60 @@ def test_a_damaged_checkpoint_stops_the_run_with_advice(data):
     wanted = rf"checkpoint {last} cannot be read.*Remove {last.parent} to start this run anew"
     with pytest.raises(RunError, match=wanted):
         train(data)
+
+
+def changed_forward(multiply):
+    """Two classes that differ in nothing but the code of forward."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(36, 3)
+
+        if multiply:
+
+            def forward(self, images):
+                return 2 * self.layer(images.flatten(1))
+        else:
+
+            def forward(self, images):
+                return self.layer(images.flatten(1))
+
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_a_changed_forward_is_another_run(data, monkeypatch):
+    def no_source(kind):
+        raise OSError("typed in")
+
+    monkeypatch.setattr(inspect, "getsource", no_source)
+    first, same, other = (
+        train(data, model=changed_forward(multiply)) for multiply in (False, False, True)
+    )
+    assert first.key == same.key
+    assert same.stored
+    assert other.key != first.key
+
+
+def test_images_that_the_model_cannot_take_are_named(data):
+    with pytest.raises(
+        ValueError, match=r"cannot take images of shape \(1, 6, 6\).*in_features=36"
+    ):
+        train(data, model=lab.MLP(784, [8], 3))
+
+
+def test_a_convolution_is_not_kept_to_one_thread():
+    linear, conv = lab.MLP(36, [8], 3), nn.Conv2d(1, 2, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for model, threads in ((linear, 1), (conv, 2), (lab.MLP(784, [600, 600], 10), 2)):
+            with training._threads(model, 128, torch.device("cpu")):
+                assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_wrong_number_of_outputs_is_refused_before_training(data, tmp_path):
