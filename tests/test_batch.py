@@ -1,6 +1,7 @@
 """Running notebooks: parameters checked first, outputs whole or untouched, results collected."""
 
 import json
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -158,3 +159,13 @@ def test_a_readme_without_markers_is_left_alone(project):
     with pytest.raises(batch.NotebookError, match="lacks the markers"):
         batch.write_results(project)
     assert (project / "README.md").read_text() == "no place for a table"
+
+
+def test_the_published_tables_say_what_the_reports_found():
+    root = Path(__file__).resolve().parent.parent
+    rows = batch.collect(root / "reports")
+    assert rows
+    assert json.loads((root / "reports" / "results.json").read_text()) == rows
+    assert batch.markdown_table(rows) in (root / "README.md").read_text()
+    for row in rows:
+        assert (root / row["report"]).exists()

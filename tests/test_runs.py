@@ -301,3 +301,31 @@ def test_weights_of_any_memory_layout_read_back(tmp_path):
     save_weights(tmp_path / "weights", model.state_dict())
     load_weights(other, tmp_path / "weights")
     assert same_weights(model, other)
+
+
+CARDS = sorted((Path(__file__).resolve().parent.parent / "models").glob("*.json"))
+
+
+def test_published_runs_are_found_by_what_they_computed():
+    assert CARDS
+    for path in CARDS:
+        card = json.loads(path.read_text())
+        info = card["info"]
+        augment = lab.Augment(**info["config"]["augment"])
+        config = lab.TrainConfig(**{**info["config"], "augment": augment})
+        data = SimpleNamespace(fingerprint=info["data"]["fingerprint"])
+        assert run_key(config, info["model"], "seed", data) == card["key"]
+        assert path.stem == f"{card['name']}-{card['key']}"
+        assert lab.num_parameters(lab.build(info["model"])) == info["parameters"]
+        assert card["command"].startswith("python -m labutils run ")
+
+
+def test_published_weights_fit_their_models_and_stay_small():
+    weights = [path.with_suffix(".safetensors") for path in CARDS]
+    weights = [path for path in weights if path.exists()]
+    assert weights
+    for path in weights:
+        card = json.loads(path.with_suffix(".json").read_text())
+        load_weights(lab.build(card["info"]["model"]), path)
+        assert card["test"]
+        assert path.stat().st_size < 25e6
