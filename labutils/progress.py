@@ -32,7 +32,7 @@ class _CellText:
         self._runs += 1
 
     def show(self, text: str) -> None:
-        number = f"run {self._runs} of this cell, " if self._runs > 1 else ""
+        number = f"run {self._runs}, " if self._runs > 1 else ""
         self._handle.update({"text/plain": number + text}, raw=True)
 
 

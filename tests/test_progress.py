@@ -205,7 +205,7 @@ def test_the_runs_of_one_cell_share_one_output(train, notebook, monkeypatch):
     train()
     say("loaded")
     assert [bundle["text/plain"] for bundle in notebook].count("") == 1
-    assert notebook[-1] == {"text/plain": "run 3 of this cell, loaded"}
+    assert notebook[-1] == {"text/plain": "run 3, loaded"}
     shell.execution_count = 8
     say("loaded")
     assert [bundle["text/plain"] for bundle in notebook].count("") == 2
