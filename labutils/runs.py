@@ -21,14 +21,12 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from . import metrics
-from .config import TrainConfig, atomic_write, digest, models_dir, runs_dir, write_json
+from .config import atomic_write, models_dir, runs_dir, write_json
 from .data import ImageData
 from .tracking import History, open_mirrors
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FORMAT = 1  # raised when a change makes stored runs mean something else
 
 
 class RunError(RuntimeError):
@@ -138,14 +136,6 @@ class Run:
             f"val accuracy {100 * self.best('val_accuracy'):.2f} % at epoch "
             f"{self.info['best_epoch']}; {self.stop_reason}"
         )
-
-
-def run_key(config: TrainConfig, spec: dict[str, Any], weights: str, data: ImageData) -> str:
-    """Name of a run: equal keys compute the same thing.
-
-    weights: 'seed' for a model as config.seed initialises it, else a digest of its weights.
-    """
-    return digest([FORMAT, config.changes(), spec, weights, data.fingerprint])
 
 
 def find(key: str, model: nn.Module) -> Run | None:

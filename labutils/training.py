@@ -1,14 +1,13 @@
 """`train`: one loop that trains a classifier, and continues where it was cut off.
 
-Nothing in the loop waits for the device: losses and logits stay there until an epoch ends.
+Nothing in the loop waits for the device: losses and logits stay there until an epoch ends. Only
+`ema` does, once a step, inside of torch's AveragedModel.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
-import inspect
 import math
 import platform
 import re
@@ -21,17 +20,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoint
 from .config import TrainConfig, device_name, runs_dir, write_json
 from .data import ImageData
+from .keys import identify, run_key
 from .metrics import loss_and_accuracy, predict
-from .models import MODELS, build, num_parameters
+from .models import num_parameters
 from .progress import Progress, say
-from .runs import Run, RunError, find, run_key, save_weights, settle, store_lock
+from .runs import Run, RunError, find, save_weights, settle, store_lock
 from .schedules import lr_factor, make_optimizer, stop_reason
 from .tracking import History, Mirror, open_mirrors
 
@@ -67,7 +67,7 @@ def train(
     _check_arguments(model, data, config, name)
     model.to(data.train.images.device)
     _check_outputs(model, data)
-    spec, weights = _describe(model, config.seed)
+    spec, weights = identify(model, config.seed)
     key = run_key(config, spec, weights, data)
     run = None if retrain else find(key, model)
     if run is None:
@@ -123,49 +123,6 @@ def _check_outputs(model: nn.Module, data: ImageData) -> None:
             f"train: the model has {shape[1]} outputs, the data {data.num_classes} classes. "
             f"Build it with num_classes={data.num_classes}."
         )
-
-
-def _describe(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
-    """The model's spec, and where its weights come from: 'seed', or a digest of them.
-
-    Comparing with a fresh model tells the two apart; a digest alone would differ between machines
-    whose random numbers differ in the last bit, and published runs would not be found there.
-    What a spec does not say goes into the digest: layers that were changed, and which are frozen.
-    """
-    spec, hasher = {"model": repr(model)}, hashlib.sha256()
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
-    if type(model) in MODELS.values():
-        spec = model.spec
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            fresh = build(spec)
-        if repr(model) != repr(fresh):
-            hasher.update(repr(model).encode())
-        elif not frozen and _same(state, fresh.state_dict()):
-            return spec, "seed"
-    for kind in sorted({type(part) for part in model.modules()}, key=repr):
-        # What a network of your own computes is in its code; repr and weights do not show it.
-        if not kind.__module__.startswith(("torch.", "labutils.")):
-            hasher.update(_code(kind))
-    for name in frozen:
-        hasher.update(f"{name} is frozen".encode())
-    for name, value in state.items():
-        hasher.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy())
-    return spec, hasher.hexdigest()[:12]
-
-
-def _code(kind: type) -> bytes:
-    try:
-        return inspect.getsource(kind).encode()
-    except (OSError, TypeError):  # typed into an interpreter that keeps no source
-        code = kind.forward.__code__
-        return repr((code.co_code, code.co_consts, code.co_names)).encode()
-
-
-def _same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return state.keys() == other.keys() and all(map(torch.equal, state.values(), other.values()))
 
 
 class _Job:

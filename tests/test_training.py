@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 import labutils as lab
 from labutils import checkpoint, runs, training
-from labutils.runs import RunError, find, load_weights, run_key
+from labutils.keys import run_key
+from labutils.runs import RunError, find, load_weights
 from labutils.tracking import History, Mirror
 
 # 48 images: three batches of 13 and one of 9.
