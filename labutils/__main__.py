@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .config import project_dir
+from .config import data_dir, project_dir
 
 RUN_EXAMPLES = """\
 examples:
@@ -35,8 +35,6 @@ example:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 after an error or a failed claim."""
-    from .config import data_dir
-
     parser = argparse.ArgumentParser(
         prog="python -m labutils", description="Run notebooks, look after data, collect results."
     )
@@ -102,7 +100,6 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _data(parsed: argparse.Namespace) -> int:
-    from .config import data_dir
     from .data import load_data
     from .sources import KNOWN
 

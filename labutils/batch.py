@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from .config import atomic_write, project_dir, write_json
+from .config import atomic_write, project_dir, suggestion, write_json
 from .notebook import MEDIA_TYPE
 
 FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -34,7 +33,6 @@ class Outcome:
     """What an executed notebook reported of itself."""
 
     notebook: str
-    output: Path
     seconds: float
     claims: list[dict[str, Any]]
     headline: str
@@ -93,10 +91,9 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]
     known, values = parameters_of(notebook), dict(given)
     for name, value in given.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise NotebookError(
-                f"run: {notebook.stem} has no parameter {name!r}.{hint} It has: {', '.join(known)}."
+                f"run: {notebook.stem} has no parameter {name!r}.{suggestion(name, known)} "
+                f"It has: {', '.join(known)}."
             )
         kind = type(known[name])
         if kind is float and isinstance(value, str) and FLOAT.fullmatch(value):
@@ -162,7 +159,6 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
     said = reported(finished)
     return Outcome(
         notebook=notebook.stem,
-        output=output,
         seconds=time.monotonic() - started,
         claims=said.get("rows", []),
         headline=said.get("headline", ""),

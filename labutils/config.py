@@ -6,6 +6,7 @@ Nothing here knows about networks.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ import random
 import re
 import tempfile
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,17 @@ def check(owner: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> di
     if problems:
         raise ValueError("\n".join(problems))
     return checked
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, or its kind if it says nothing: fits into another message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' for a name that is nearly a known one, else nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 class _Checked:
@@ -174,7 +186,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
-            f"device = {str(device)!r} cannot be used here ({str(error).splitlines()[0]}). "
+            f"device = {str(device)!r} cannot be used here ({reason(error)}). "
             "Allowed: 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'; 'auto' always works."
         ) from error
 

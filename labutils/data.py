@@ -156,10 +156,10 @@ def load_data(
     image_size: side in pixels, for folder:PATH and imagenette.
     Raises ValueError for bad arguments, DataError for missing or damaged data.
     """
-    kinds = {"val_size": float, "subset": float, "seed": Seed}
-    check("load_data", kinds, {"val_size": val_size, "subset": subset, "seed": seed})
+    kinds = {"name": str, "val_size": float, "subset": float, "seed": Seed}
+    values = {"name": name, "val_size": val_size, "subset": subset, "seed": seed}
+    check("load_data", kinds, values)
     device = resolve_device(device)
-    check("load_data", {"name": str}, {"name": name})
     raw = read(name, image_size=image_size)
     train = np.arange(len(raw.train[1]))
     if raw.val is None:

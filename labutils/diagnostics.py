@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .config import reason
+from .models import evaluating
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -48,7 +51,6 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
     handles = []
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    modes = {part: part.training for part in model.modules()}
     try:
         for name, layer in model.named_modules():
             if not list(layer.children()):
@@ -58,19 +60,16 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
                         lambda layer, _, output, name=name: end(name, layer, output)
                     )
                 )
-        model.eval()
-        with torch.no_grad(), counter:
+        with evaluating(model), torch.no_grad(), counter:
             output = model(torch.zeros(1, *input_size, device=device))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
             f"summary: input_size = {input_size!r} does not fit the model "
-            f"({str(error).splitlines()[0]}). Give the shape of one input, data.image_shape."
+            f"({reason(error)}). Give the shape of one input, data.image_shape."
         ) from error
     finally:
         for handle in handles:
             handle.remove()
-        for part, mode in modes.items():
-            part.training = mode
     total = {
         "layer": "total",
         "kind": type(model).__name__,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import Split
+from .models import evaluating
 
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, https://arxiv.org/abs/1706.04599
 
@@ -66,13 +67,8 @@ def predict(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Tensor
         raise ValueError("evaluate: the split is empty. Give one with at least one image.")
     parameter = next(model.parameters(), None)
     device = split.images.device if parameter is None else parameter.device
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         logits = [model(images.to(device)) for images, _ in split.batches(batch_size)]
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
     if logits[0].ndim != 2 or len(logits[0]) != min(batch_size, len(split)):
         raise ValueError(
             f"evaluate: the model returned shape {list(logits[0].shape)} for a batch. "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -48,6 +49,18 @@ def build(spec: dict[str, Any]) -> nn.Module:
     if name not in MODELS:
         raise ValueError(f"build: model = {name!r}. Known: {', '.join(sorted(MODELS))}.")
     return MODELS[name](**arguments)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside of the block; each part's own mode again after it."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -95,12 +95,8 @@ class Run:
             self._test = metrics.evaluate(model, data.test)
             # An unfinished run goes on in this folder, and its weights will be others.
             if self.place.is_dir() and self.stop_reason != "interrupted":
-                try:
+                with disk_errors(self.name, self.place):
                     write_json(self.place / "test.json", self._test.to_json())
-                except OSError as error:
-                    raise RunError(
-                        f"{self.name}: cannot write to {self.place} ({error})."
-                    ) from error
                 self._mirror({"test/loss": self._test.loss, "test/accuracy": self._test.accuracy})
         return self._test
 
@@ -198,6 +194,18 @@ def _read_card(place: Path) -> Run:
 
 
 @contextmanager
+def disk_errors(owner: str, folder: Path) -> Iterator[None]:
+    """Say of an OSError inside of the block who could not write where, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{owner}: cannot write to {folder} ({error.strerror or error}). What was saved before "
+            "is whole. Free space or set LABUTILS_RUNS to a folder that can be written, then go on."
+        ) from error
+
+
+@contextmanager
 def store_lock(key: str) -> Iterator[None]:
     """Held while a run is trained, so that a second process waits for it instead of repeating it.
 
@@ -247,7 +255,7 @@ def publish(run: Run, *, weights: bool, command: str) -> Path:
     card = models_dir() / f"{run.name}-{run.key}.json"
     if weights:
         run.require_model()
-        if run.place != card and not run.weights.exists():
+        if not run.weights.exists():
             raise RunError(
                 f"{run.name}: {run.weights} is gone; another run of the same settings has replaced "
                 "it. Give every run settings of its own, a seed for example."
@@ -255,7 +263,7 @@ def publish(run: Run, *, weights: bool, command: str) -> Path:
         if run.place != card:
             with atomic_write(card.with_suffix(".safetensors")) as file:
                 file.write(run.weights.read_bytes())
-    columns = list(run.rows[0])
+    history = History(run.rows)
     write_json(
         card,
         {
@@ -264,7 +272,7 @@ def publish(run: Run, *, weights: bool, command: str) -> Path:
             "command": command,
             "test": run._test.to_json() if run._test else None,
             "info": run.info,
-            "history": {name: History(run.rows).column(name) for name in columns},
+            "history": {name: history.column(name) for name in run.rows[0]},
         },
     )
     return card

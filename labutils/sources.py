@@ -5,7 +5,6 @@ Everything is returned as NumPy arrays; splitting and devices are the business o
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
@@ -20,7 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from .config import PositiveInt, atomic_write, check, data_dir, digest, project_dir
+from .config import (
+    PositiveInt,
+    atomic_write,
+    check,
+    data_dir,
+    digest,
+    project_dir,
+    reason,
+    suggestion,
+)
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
 
@@ -99,10 +107,9 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
         return _npz(npz, name)
     if name not in KNOWN:
         names = ["digits", *KNOWN]
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"load_data: unknown data set {name!r}.{hint} Known: {', '.join(names)}, "
+            f"load_data: unknown data set {name!r}.{suggestion(name, names)} "
+            f"Known: {', '.join(names)}, "
             f"folder:PATH, or any NAME for which {data_dir()}/NAME.npz exists."
         )
     if not (data_dir() / KNOWN[name].folder).exists():
@@ -145,8 +152,8 @@ def _npz(path: Path, name: str) -> Raw:
         with np.load(path, allow_pickle=False) as file:
             found = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
     except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
-        reason = str(error).strip("'\"").splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"load_data: {path} cannot be read ({reason}). {expected}") from error
+        why = reason(error).strip("'\"")  # a KeyError quotes
+        raise DataError(f"load_data: {path} cannot be read ({why}). {expected}") from error
     splits = {}
     for split in ("train", "test"):
         images, labels = found[f"x_{split}"], found[f"y_{split}"]
@@ -212,9 +219,8 @@ def _torchvision(name: str) -> Raw:
                 raise ValueError(f"the label {labels.max()} in {split}, but {len(names)} classes")
     # torchvision reports damage as almost any exception, AssertionError among them.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"load_data: {root / known.folder} is damaged or incomplete ({reason}). "
+            f"load_data: {root / known.folder} is damaged or incomplete ({reason(error)}). "
             f"Delete that folder and run again to download {name!r} anew, "
             f"or put a whole copy at {root / (name + '.npz')}."
         ) from error
@@ -239,9 +245,8 @@ def _download(name: str) -> None:
             fetch(temporary, download=True)
         (temporary / known.folder).replace(root / known.folder)
     except Exception as error:  # a proxy that answers in its own words is no OSError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"load_data: {name!r} is not on disk and could not be downloaded ({reason}).\n"
+            f"load_data: {name!r} is not on disk and could not be downloaded ({reason(error)}).\n"
             f"Looked for: {root / (name + '.npz')}, then {root / known.folder}.\n"
             "Three ways to get it: 1. connect to the network and run again; "
             f"2. copy {name}.npz (x_train, y_train, x_test, y_test) into {root}; "

@@ -25,13 +25,13 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoint
-from .config import TrainConfig, device_name, runs_dir, write_json
+from .config import TrainConfig, device_name, reason, runs_dir, write_json
 from .data import ImageData
 from .keys import identify, run_key
 from .metrics import loss_and_accuracy, predict
 from .models import num_parameters
 from .progress import Progress, say
-from .runs import Run, RunError, find, save_weights, settle, store_lock
+from .runs import Run, RunError, disk_errors, find, save_weights, settle, store_lock
 from .schedules import lr_factor, make_optimizer, stop_reason
 from .tracking import History, Mirror, open_mirrors
 
@@ -71,7 +71,7 @@ def train(
     key = run_key(config, spec, weights, data)
     run = None if retrain else find(key, model)
     if run is None:
-        with _disk_errors(runs_dir()), store_lock(key):
+        with disk_errors("train", runs_dir()), store_lock(key):
             part = next(runs_dir().glob(f"*-{key}.part"), runs_dir() / f"{name}-{key}.part")
             # Another process may have finished this very run while we waited for the lock.
             run = None if retrain else find(key, model)
@@ -115,7 +115,7 @@ def _check_outputs(model: nn.Module, data: ImageData) -> None:
     except RuntimeError as error:
         raise ValueError(
             f"train: the model cannot take images of shape {data.image_shape} "
-            f"({str(error).splitlines()[0]}). Build it for data.image_shape, an MLP with "
+            f"({reason(error)}). Build it for data.image_shape, an MLP with "
             f"in_features={data.num_features}."
         ) from error
     if shape[1] != data.num_classes:
@@ -291,7 +291,8 @@ class _Job:
     def _diverged(self, what: str, value: float, batch: int) -> NoReturn:
         kept = "there is none yet"
         if self.at.best_epoch:
-            self._save_results()
+            History(self.at.rows).save(self.part / "history.csv")
+            save_weights(self.part / "best.safetensors", self.at.best_weights)
             kept = f"{self.part / 'best.safetensors'} (epoch {self.at.best_epoch})"
         raise RunError(
             f"train: {self.name}: the {what} became {value} in epoch {self.at.epoch + 1}, "
@@ -303,10 +304,6 @@ class _Job:
         self._require_finite()
         checkpoint.save(self.part / "last.pt", self.key, self.state, self.device)
         History(self.at.rows).save(self.part / "history.csv")
-
-    def _save_results(self) -> None:
-        History(self.at.rows).save(self.part / "history.csv")
-        save_weights(self.part / "best.safetensors", self.at.best_weights)
 
     def _finish(self, reason: str, track: Any) -> Run:
         """Give the model its best weights; make a run that is complete visible to the store."""
@@ -325,7 +322,7 @@ class _Job:
         }
         if reason != "interrupted":
             self._save()
-            self._save_results()
+            save_weights(self.part / "best.safetensors", at.best_weights)
             write_json(self.part / "run.json", info)
             place = settle(self.part)
         if at.best_weights:
@@ -371,14 +368,3 @@ def _interrupts() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"train: cannot write to {folder} ({error.strerror or error}). What was saved before "
-            "is whole. Free space or set LABUTILS_RUNS to a folder that can be written, then go on."
-        ) from error

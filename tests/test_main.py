@@ -15,7 +15,7 @@ def outcome(tmp_path, monkeypatch):
     def run(notebook, output, parameters):
         calls.append((notebook.stem, output, parameters))
         claim = {"claim": "c", "evidence": "e", "holds": False}
-        return batch.Outcome(notebook.stem, output, 1.0, [claim], "headline")
+        return batch.Outcome(notebook.stem, 1.0, [claim], "headline")
 
     monkeypatch.setattr(cli, "project_dir", lambda: tmp_path)
     monkeypatch.setattr(batch, "find_notebooks", lambda name: [notebook])

@@ -447,8 +447,8 @@ KILLS = [
     ("after", "labutils.training.loss_and_accuracy", 1),
     ("after", "os.fsync", 2),
     ("before", "labutils.checkpoint.Tally.add", 5),  # in the last epoch
-    ("before", "pathlib.Path.replace", 10),  # best.safetensors
-    ("after", "pathlib.Path.replace", 5),  # run.json
+    ("before", "pathlib.Path.replace", 9),  # best.safetensors
+    ("after", "pathlib.Path.replace", 4),  # run.json
     ("before", "pathlib.Path.rename", 1),  # all written, not yet in the store
     ("after", "pathlib.Path.rename", 1),
 ]
