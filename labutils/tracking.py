@@ -169,7 +169,7 @@ def _wandb(name: str, key: str, folder: Path, settings: dict[str, Any]) -> Mirro
         )
 
     run = None
-    if not _wandb_offline:
+    if local or not _wandb_offline:
         try:
             run = start(mode, key)
         # A service can fail in its own words; the run that it would only watch goes on.

@@ -251,3 +251,13 @@ print([name for name in sys.argv[1:] if name in sys.modules])
     command = [sys.executable, "-c", child, *heavy]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n") == ["[]", "[]", ""]
+
+
+def test_a_silent_error_is_named_by_its_kind():
+    assert config.reason(RuntimeError("first\nsecond")) == "first"
+    assert config.reason(RuntimeError()) == "RuntimeError"
+
+
+def test_only_a_name_that_is_near_is_suggested():
+    assert config.suggestion("minst", ["mnist", "digits"]) == " Did you mean 'mnist'?"
+    assert config.suggestion("photos", ["mnist", "digits"]) == ""

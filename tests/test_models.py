@@ -164,3 +164,14 @@ def test_a_slice_is_the_network_without_its_head():
     images = torch.randn(2, 12)
     torch.testing.assert_close(model[-1](model[:-1](images)), model(images))
     assert not hasattr(model[:-1], "spec")
+
+
+def test_evaluating_gives_every_part_its_own_mode_back_even_after_an_error():
+    model = lab.MLP(12, [5], 3, dropout=0.5)
+    model.train()
+    model[1].eval()
+    with pytest.raises(ZeroDivisionError), models.evaluating(model):
+        assert not any(part.training for part in model.modules())
+        raise ZeroDivisionError
+    assert [part.training for part in model] == [True, False, True, True, True]
+    assert model.training

@@ -195,6 +195,27 @@ def test_auto_follows_wandb_mode_and_says_nothing(start, fake_wandb, tmp_path, m
     assert (call["id"], call["resume"], call["config"]) == ("abc", "allow", {"lr": 0.1})
 
 
+def test_disabling_wandb_is_followed_after_it_was_out_of_reach(start, fake_wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with pytest.warns(UserWarning, match="out of reach"):
+        start("auto")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    start("auto")
+    assert [call["mode"] for call in fake_wandb.calls] == ["online", "offline", "disabled"]
+
+
+def test_the_second_run_without_network_neither_tries_nor_warns_again(
+    start, fake_wandb, monkeypatch
+):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with pytest.warns(UserWarning, match="out of reach"):
+        start("auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start("auto")
+    assert [call["mode"] for call in fake_wandb.calls] == ["online", "offline", "offline"]
+
+
 def test_online_mode_without_a_login_does_not_ask_for_one(start, fake_wandb, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.warns(UserWarning, match="no login found.*offline.*wandb login") as caught:
