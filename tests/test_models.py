@@ -170,8 +170,13 @@ def test_evaluating_gives_every_part_its_own_mode_back_even_after_an_error():
     model = lab.MLP(12, [5], 3, dropout=0.5)
     model.train()
     model[1].eval()
-    with pytest.raises(ZeroDivisionError), models.evaluating(model):
-        assert not any(part.training for part in model.modules())
-        raise ZeroDivisionError
+
+    def look_and_fail():
+        with models.evaluating(model):
+            assert not any(part.training for part in model.modules())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        look_and_fail()
     assert [part.training for part in model] == [True, False, True, True, True]
     assert model.training
