@@ -1,4 +1,4 @@
-"""The key of a run: what it is made of, so that a finished run is found again."""
+"""What a run is made of: a model from its spec and back, and the key by which runs are found."""
 
 from __future__ import annotations
 
@@ -9,11 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import convnets, fastnet, models  # noqa: F401 (the first two register their networks)
 from .config import TrainConfig, digest
 from .data import ImageData
-from .models import MODELS, build
 
 FORMAT = 1  # raised when a change makes stored runs mean something else
+
+
+def build(spec: dict[str, Any]) -> nn.Module:
+    """The model that a spec describes, with fresh weights from torch's random state.
+
+    Raises ValueError for a name that is not registered.
+    """
+    arguments = dict(spec)
+    name = arguments.pop("model")
+    if name not in models.MODELS:
+        known = ", ".join(sorted(models.MODELS))
+        raise ValueError(f"build: model = {name!r}. Known: {known}.")
+    return models.MODELS[name](**arguments)
 
 
 def run_key(config: TrainConfig, spec: dict[str, Any], weights: str, data: ImageData) -> str:
@@ -33,19 +46,19 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     """
     spec, hasher = {"model": repr(model)}, hashlib.sha256()
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
-    if type(model) in MODELS.values():
+    frozen = _frozen(model)
+    if type(model) in models.MODELS.values():
         spec = model.spec
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             fresh = build(spec)
         if repr(model) != repr(fresh):
             hasher.update(repr(model).encode())
-        elif not frozen and _same(state, fresh.state_dict()):
+        elif frozen == _frozen(fresh) and _same(state, fresh.state_dict()):
             return spec, "seed"
     for kind in sorted({type(part) for part in model.modules()}, key=repr):
         # What a network of your own computes is in its code; repr and weights do not show it.
-        if not kind.__module__.startswith(("torch.", "labutils.")):
+        if not kind.__module__.startswith(("torch.", "torchvision.", "labutils.")):
             hasher.update(_code(kind))
     for name in frozen:
         hasher.update(f"{name} is frozen".encode())
@@ -53,6 +66,10 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
         hasher.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy())
     return spec, hasher.hexdigest()[:12]
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    return [name for name, value in model.named_parameters() if not value.requires_grad]
 
 
 def _code(kind: type) -> bytes:

@@ -1,4 +1,4 @@
-"""The networks under comparison, and a registry that builds one from its description."""
+"""The perceptrons under comparison, and a registry of networks by name."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def register(cls: type[nn.Module]) -> type[nn.Module]:
         given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
         # Without defaults, so that an argument added later leaves the spec of older runs alone.
         self.spec = {"model": cls.__name__} | {
-            name: list(value) if isinstance(value, (list, tuple)) else value
+            name: _json(value)
             for name, value in given.items()
-            if value != signature.parameters[name].default
+            if _json(value) != _json(signature.parameters[name].default)
         }
 
     cls.__init__ = __init__
@@ -39,16 +39,11 @@ def register(cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
-def build(spec: dict[str, Any]) -> nn.Module:
-    """The model that a spec describes, with fresh weights from torch's random state.
-
-    Raises ValueError for a name that is not registered.
-    """
-    arguments = dict(spec)
-    name = arguments.pop("model")
-    if name not in MODELS:
-        raise ValueError(f"build: model = {name!r}. Known: {', '.join(sorted(MODELS))}.")
-    return MODELS[name](**arguments)
+def _json(value: Any) -> Any:
+    """A copy that later changes to lists leave alone, with the lists that JSON has for tuples."""
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    return {key: _json(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 @contextmanager
