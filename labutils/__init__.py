@@ -14,14 +14,14 @@ _EXPORTS = {
     "config": ["Augment", "TrainConfig", "images_dir", "resolve_device", "seed_everything"],
     "sources": ["DataError"],
     "data": ["ImageData", "Split", "load_data"],
-    "models": ["MLP", "num_parameters"],
+    "models": ["MLP", "ResidualMLP", "num_parameters"],
     "convnets": ["CNN", "FullyConvCNN", "ResNet", "SimpleCNN"],
     "fastnet": ["FastNet"],
     "keys": ["build"],
     "metrics": ["Metrics", "evaluate", "predict", "reliability"],
     "runs": ["Run", "RunError", "publish"],
     "training": ["train"],
-    "diagnostics": ["summary"],
+    "diagnostics": ["activation_stats", "gradient_norms", "summary"],
     "notebook": ["Claims", "Score", "results", "start"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}

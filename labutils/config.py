@@ -104,6 +104,7 @@ class Augment(_Checked):
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
     translate: NonNegativeFloat = 0.0  # pixels, either way, on both axes
     zoom: Fraction = 0.0  # scale drawn from [1 - zoom, 1 + zoom]
+    flip: Literal["none", "random", "alternating"] = "none"  # left and right; see Split.shuffled
 
 
 @dataclass(frozen=True, kw_only=True)

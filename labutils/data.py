@@ -69,16 +69,24 @@ class Split:
         middle. Work on images is done for several batches at once, which saves most of the
         overhead of small tensors. A last batch of a single image is left out: batch normalisation
         has nothing to normalise there.
+        augment.flip: 'random' flips half of the images, drawn anew every epoch; 'alternating' draws
+        once and then flips what it did not flip the epoch before, so that two epochs show every
+        image both ways (https://arxiv.org/abs/2404.00498).
         """
+        augment = augment or Augment()
         device = self.images.device
         order = torch.randperm(len(self), generator=_generator(seed, epoch)).to(device)
         num_batches = self.num_batches(batch_size)
         order = order[: num_batches * batch_size]
         group = _batches_at_once(self.images, batch_size)
+        flips = _flips(len(self), augment.flip, seed, epoch).to(device)
+        warps = augment.rotate or augment.translate or augment.zoom
         for first in range(start // group * group, num_batches, group):
             index = order[first * batch_size : (first + group) * batch_size]
             images = self.normalise(self.images[index])
-            if augment and augment.changes():
+            if augment.flip != "none":
+                images = torch.where(flips[index].view(-1, 1, 1, 1), images.flip(-1), images)
+            if warps:
                 images = distort(images, augment, _generator(seed, epoch, first))
             cut = zip(images.split(batch_size), self.labels[index].split(batch_size))
             for number, batch in enumerate(cut, first):
@@ -240,7 +248,16 @@ def _batches_at_once(images: Tensor, batch_size: int) -> int:
     return max(1, budget // (batch_size * images[0].numel() * 4))
 
 
-def _generator(*key: int) -> torch.Generator:
+def _flips(count: int, flip: str, seed: int, epoch: int) -> Tensor:
+    """Which of the images an epoch shows flipped: bool [count]."""
+    if flip == "none":
+        return torch.zeros(0, dtype=torch.bool)
+    key = ("flip", seed, epoch) if flip == "random" else ("flip", seed)
+    drawn = torch.rand(count, generator=_generator(*key)) < 0.5
+    return drawn if flip == "random" or epoch % 2 == 0 else ~drawn
+
+
+def _generator(*key: int | str) -> torch.Generator:
     """Random numbers that depend on the key alone: drawn on the CPU, the same for every device."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
     return torch.Generator().manual_seed(seed)

@@ -1,12 +1,17 @@
-"""What a network looks like from inside."""
+"""What a network looks like from inside: its layers, the size of signals and of gradients.
+
+Hooks live in a context manager: whatever happens, the model is left as it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import reason
@@ -14,6 +19,139 @@ from .models import evaluating
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def observed(
+    model: nn.Module,
+    after: Callable[[str, nn.Module, Tensor], None],
+    before: Callable[[str, nn.Module], None] | None = None,
+) -> Iterator[None]:
+    """Call back before and after every layer while the block runs; no hook outlives it.
+
+    A layer is a module without children. after: gets its name, itself and its output; for a layer
+    that is used twice it is called twice.
+    """
+    handles = []
+    try:
+        for name, layer in model.named_modules():
+            if list(layer.children()):
+                continue
+            if before:
+                handles.append(
+                    layer.register_forward_pre_hook(lambda layer, _, name=name: before(name, layer))
+                )
+            handles.append(
+                layer.register_forward_hook(
+                    lambda layer, _, output, name=name: after(name, layer, output)
+                )
+            )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _rehearsal(model: nn.Module) -> Iterator[None]:
+    """The model as a training step runs it, and afterwards as if it had not run.
+
+    Modes, buffers (the statistics of batch norm) and the random state come back.
+    """
+    modes = {part: part.training for part in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        model.train()
+        try:
+            yield
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+            for name, buffer in model.named_buffers():
+                buffer.data.copy_(buffers[name])
+
+
+def gradient_norms(model: nn.Module, batch: Batch, loss: Loss = F.cross_entropy) -> pd.DataFrame:
+    """Euclidean norm of the loss's gradient in each layer that has parameters to train.
+
+    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device.
+    loss: takes logits and labels, returns a scalar.
+    Columns: kind; parameters, the norm over all of the layer's own; output, that of the gradient
+    with respect to what the layer gives on, both for the loss as it is (a mean over the batch for
+    cross-entropy). Rows in the order in which the layers run.
+    The network runs as in a training step. It is left without hooks, with the gradients, the mode,
+    the statistics of batch norm and the random state that it had.
+    Raises ValueError if nothing can be trained or the loss is no scalar.
+    """
+    import pandas as pd
+
+    owned = {
+        name: parameters
+        for name, layer in model.named_modules()
+        if (parameters := [p for p in layer.parameters(recurse=False) if p.requires_grad])
+    }
+    if not owned:
+        raise ValueError("gradient_norms: the model has no parameter that requires a gradient.")
+    kinds: dict[str, str] = {}
+    outputs: dict[str, float] = {}
+
+    def after(name: str, layer: nn.Module, output: Tensor) -> None:
+        if name in owned:
+            kinds[name] = type(layer).__name__
+            # A hook on the tensor still sees its gradient if the next layer works in place.
+            output.register_hook(lambda grad: outputs.update({name: float(grad.norm())}))
+
+    images, labels = batch
+    with _rehearsal(model), torch.enable_grad():
+        with observed(model, after):
+            value = loss(model(images), labels)
+        if value.numel() != 1:
+            raise ValueError(
+                f"gradient_norms: the loss has shape {tuple(value.shape)}. Give one that returns "
+                "a scalar, the mean over the batch."
+            )
+        flat = [p for name in kinds for p in owned[name]]
+        grads = dict(zip(flat, torch.autograd.grad(value, flat, materialize_grads=True)))
+    rows = {
+        name: {
+            "kind": kind,
+            "parameters": float(torch.stack([grads[p].norm() for p in owned[name]]).norm()),
+            "output": outputs.get(name, 0.0),
+        }
+        for name, kind in kinds.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+
+
+def activation_stats(model: nn.Module, batch: Batch) -> pd.DataFrame:
+    """Statistics of what each layer gives on: one row a layer, in the order in which they run.
+
+    batch: as for gradient_norms; the labels are not used.
+    Columns: kind; mean and rms (root mean square) over all values of the batch; spread, the rms of
+    what is left of them without the batch's mean image: 0 if the layer cannot tell images apart;
+    zeros, the share that is exactly 0. For a layer that is used twice, its last use.
+    The network runs as in a training step and is left as it was.
+    """
+    import pandas as pd
+
+    rows: dict[str, dict] = {}
+
+    def after(name: str, layer: nn.Module, output: Tensor) -> None:
+        values = output.float()
+        rows[name] = {
+            "kind": type(layer).__name__,
+            "mean": float(values.mean()),
+            "rms": float(values.square().mean().sqrt()),
+            "spread": float(values.var(dim=0, correction=0).mean().sqrt()),
+            "zeros": float((values == 0).float().mean()),
+        }
+
+    with _rehearsal(model), torch.no_grad(), observed(model, after):
+        model(batch[0])
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
 def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
@@ -31,12 +169,12 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     rows: list[dict] = []
     seen: set[int] = set()
     counter = FlopCounterMode(display=False)
-    before = {}
+    spent = {}
 
-    def start(layer: nn.Module, inputs: tuple) -> None:
-        before[layer] = counter.get_total_flops()
+    def before(name: str, layer: nn.Module) -> None:
+        spent[name] = counter.get_total_flops()
 
-    def end(name: str, layer: nn.Module, output: Tensor) -> None:
+    def after(name: str, layer: nn.Module, output: Tensor) -> None:
         own = [p for p in layer.parameters() if id(p) not in seen]
         seen.update(id(p) for p in own)
         rows.append(
@@ -45,31 +183,19 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
                 "kind": type(layer).__name__,
                 "output": _sizes(output),
                 "parameters": sum(p.numel() for p in own),
-                "FLOPs": counter.get_total_flops() - before[layer],
+                "FLOPs": counter.get_total_flops() - spent[name],
             }
         )
 
-    handles = []
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        for name, layer in model.named_modules():
-            if not list(layer.children()):
-                handles.append(layer.register_forward_pre_hook(start))
-                handles.append(
-                    layer.register_forward_hook(
-                        lambda layer, _, output, name=name: end(name, layer, output)
-                    )
-                )
-        with evaluating(model), torch.no_grad(), counter:
+        with observed(model, after, before), evaluating(model), torch.no_grad(), counter:
             output = model(torch.zeros(1, *input_size, device=device))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
             f"summary: input_size = {input_size!r} does not fit the model "
             f"({reason(error)}). Give the shape of one input, data.image_shape."
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     total = {
         "layer": "total",
         "kind": type(model).__name__,

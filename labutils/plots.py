@@ -83,7 +83,7 @@ def learning_curves(
     curves: label -> histories of its runs, one a seed. chance: accuracy of guessing, a fraction.
     """
     with _style():
-        figure, axes = _figure(1, 2, 9.5, 3.9, title)
+        figure, axes = _figure(1, 2, 9.9, 3.7, title)
         for axis, what, scale in zip(axes.flat, ("loss", "accuracy"), (1, 100)):
             for (label, histories), color in zip(curves.items(), PALETTE):
                 for split, dashes in (("val", "-"), ("train", ":")):
@@ -112,9 +112,8 @@ def learning_curves(
             handles,
             list(curves),
             title="val —   train ···",
-            loc="lower right",
-            frameon=True,
-            edgecolor="none",
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
         )
     return figure
 
@@ -226,4 +225,67 @@ def dots(
         axis.set_ylim(len(models) - 0.5, -0.5)
         axis.set_xlabel(label)
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def lines(
+    solid: Mapping[str, Mapping[float, Sequence[float]]],
+    dotted: Mapping[str, Mapping[float, Sequence[float]]] | None = None,
+    *,
+    title: str,
+    x: str,
+    y: str,
+    legend: str | None = None,
+    log_x: bool = False,
+) -> Figure:
+    """One number against another: mean over seeds, band from lowest to highest around solid lines.
+
+    solid, dotted: label -> x -> values of the seeds; a label has one colour in both.
+    log_x: logarithmic x axis with a point and a tick at every x.
+    """
+    with _style():
+        figure, axes = _figure(1, 1, 7.2, 4.4, title)
+        axis = axes[0, 0]
+        for series, dashes in ((dotted or {}, ":"), (solid, "-")):
+            for (label, values), color in zip(series.items(), PALETTE):
+                places = list(values)
+                means = [np.mean(values[place]) for place in places]
+                marker = "o" if log_x and dashes == "-" else None
+                axis.plot(places, means, dashes, color=color, lw=1.6, marker=marker, ms=4)
+                if dashes == "-":
+                    axis.lines[-1].set_label(label)
+                    low = [np.min(values[place]) for place in places]
+                    high = [np.max(values[place]) for place in places]
+                    axis.fill_between(places, low, high, color=color, alpha=0.2, lw=0)
+        if log_x:
+            axis.set_xscale("log")
+            ticks = sorted({place for values in solid.values() for place in values})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.legend(title=legend, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def layers(panels: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, y: str) -> Figure:
+    """A quantity layer by layer, from the input to the output, on a logarithmic scale.
+
+    panels: title of a panel -> label -> one number a layer. Zeros cannot be drawn and leave a gap.
+    """
+    with _style():
+        figure, axes = _figure(1, len(panels), 1.6 + 4.2 * len(panels), 3.9, title)
+        for axis, (panel, curves) in zip(axes.flat, panels.items()):
+            for (label, values), color in zip(curves.items(), PALETTE):
+                heights = np.array(values, dtype=float)
+                heights[heights == 0] = np.nan
+                axis.plot(np.arange(1, len(heights) + 1), heights, color=color, lw=1.6, label=label)
+            axis.set_yscale("log")
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_title(panel)
+            axis.set_xlabel("layer, from the input")
+            axis.sharey(axes[0, 0])
+        axes[0, 0].set_ylabel(y)
+        axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

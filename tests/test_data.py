@@ -375,3 +375,46 @@ def test_real_mnist_is_what_it_is_known_to_be(monkeypatch):
     ]
     assert mnist.train.mean == pytest.approx((0.1307,), abs=5e-4)
     assert mnist.train.std == pytest.approx((0.3081,), abs=5e-4)
+
+
+def flipped(split, flip, epoch, seed=3):
+    """Which images an epoch shows the other way round, in the order of the split."""
+    augment = Augment(flip=flip)
+    order, shown = [], []
+    for options, found in (({}, order), ({"augment": augment}, shown)):
+        for images, _ in split.shuffled(16, seed=seed, epoch=epoch, **options):
+            found.append(images)
+    plain, shown = torch.cat(order), torch.cat(shown)
+    as_is = (shown == plain).flatten(1).all(1)
+    mirrored = (shown == plain.flip(-1)).flatten(1).all(1)
+    assert (as_is | mirrored).all()
+    images = split.normalise(split.images)
+    index = [int((images == image).flatten(1).all(1).nonzero()) for image in plain]
+    return {number: bool(flag) for number, flag in zip(index, mirrored & ~as_is)}
+
+
+@pytest.mark.parametrize("flip", ["random", "alternating"])
+def test_flips_mirror_half_of_the_images(digits, flip):
+    split = dataclasses.replace(
+        digits.train, images=digits.train.images[:100], labels=digits.train.labels[:100]
+    )
+    turns = [flipped(split, flip, epoch) for epoch in range(3)]
+    assert all(30 <= sum(turn.values()) <= 70 for turn in turns)
+    both_ways = sum(turns[0][number] != turns[1][number] for number in turns[0])
+    again = sum(turns[0][number] == turns[2][number] for number in turns[0])
+    if flip == "alternating":
+        assert (both_ways, again) == (100, 100)
+    else:
+        assert 30 <= both_ways <= 70
+        assert 30 <= again <= 70
+    assert flipped(split, flip, 0, seed=4) != turns[0]
+
+
+def test_flips_leave_the_distortion_as_it_is(digits):
+    options = {"rotate": 10.0, "translate": 1.0}
+    plain, mirrored = (
+        torch.cat([x for x, _ in digits.train.shuffled(8, seed=0, epoch=1, augment=augment)])
+        for augment in (Augment(**options), Augment(flip="random", **options))
+    )
+    same = (plain == mirrored).flatten(1).all(1).float().mean()
+    assert 0.4 < same < 0.6

@@ -1,8 +1,9 @@
-"""The summary table: parameters and FLOPs from closed formulas, and a model left as it was."""
+"""Networks from inside: counts and norms from closed formulas, and a model left as it was."""
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import labutils as lab
 
@@ -121,3 +122,134 @@ def test_an_input_size_that_does_not_fit_is_named(model, size):
         lab.summary(model, size)
     assert f"input_size = {size!r}" in str(caught.value)
     assert "data.image_shape" in str(caught.value)
+
+
+def batch(n=5, features=6, classes=3):
+    torch.manual_seed(1)
+    return torch.randn(n, features), torch.arange(n) % classes
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return lab.MLP(6, [5, 4], 3, **options)
+
+
+def test_gradient_norms_are_those_of_the_chain_rule():
+    model = make()
+    w1, b1, w2, b2, w3, b3 = (p.detach() for p in model.parameters())
+    images, labels = batch()
+    z1 = images @ w1.T + b1
+    z2 = z1.relu() @ w2.T + b2
+    logits = z2.relu() @ w3.T + b3
+    g3 = (logits.softmax(1) - torch.eye(3)[labels]) / len(labels)
+    g2 = (g3 @ w3) * (z2 > 0)
+    g1 = (g2 @ w2) * (z1 > 0)
+    table = lab.gradient_norms(model, (images, labels))
+    for row, grad, inputs in zip(
+        table.itertuples(), (g1, g2, g3), (images, z1.relu(), z2.relu()), strict=True
+    ):
+        assert row.output == pytest.approx(float(grad.norm()), rel=1e-5)
+        both = torch.cat([grad.T @ inputs, grad.sum(0)[:, None]], dim=1)
+        assert row.parameters == pytest.approx(float(both.norm()), rel=1e-5)
+
+
+def test_gradient_norms_are_those_that_backward_leaves_in_a_residual_network():
+    torch.manual_seed(0)
+    model = lab.ResidualMLP(6, [5, 5, 4, 4], 3, batch_norm=True)
+    table = lab.gradient_norms(model, batch())
+    images, labels = batch()
+    F.cross_entropy(model(images), labels).backward()
+    for name, row in table.iterrows():
+        own = [p.grad.norm() for p in model.get_submodule(name).parameters()]
+        assert row.parameters == pytest.approx(float(torch.stack(own).norm()), rel=1e-5)
+    assert len(table) == 10  # five linear layers, a bridge, and four normalisations
+
+
+def test_a_loss_of_your_own_is_followed_and_a_layer_after_it_works_in_place():
+    model = nn.Sequential(nn.Linear(6, 3), nn.ReLU(inplace=True))
+    images, labels = batch()
+    table = lab.gradient_norms(model, (images, labels), lambda logits, _: logits.sum())
+    active = (images @ model[0].weight.T + model[0].bias > 0).float()
+    assert table.output.item() == pytest.approx(float(active.norm()), rel=1e-5)
+
+
+def test_frozen_layers_have_no_row_and_layers_out_of_use_neither():
+    model = make()
+    model[1].requires_grad_(False)
+    model.unused = nn.Linear(2, 2)
+    model.forward = lambda images: nn.Sequential(*list(model)[:-1])(images)
+    assert list(lab.gradient_norms(model, batch()).index) == ["3", "5"]
+
+
+def test_activation_stats_are_those_of_the_outputs():
+    model = make()
+    images, _ = batch()
+    hidden = model[:3](images)
+    row = lab.activation_stats(model, batch()).loc["2"]
+    assert row.kind == "ReLU"
+    assert row["mean"] == pytest.approx(float(hidden.mean()))
+    assert row.rms == pytest.approx(float(hidden.pow(2).mean().sqrt()))
+    assert row.spread == pytest.approx(float((hidden - hidden.mean(0)).pow(2).mean().sqrt()))
+    assert row.zeros == pytest.approx(float((hidden == 0).float().mean()))
+
+
+def test_a_layer_that_cannot_tell_images_apart_has_no_spread():
+    model = nn.Sequential(nn.Linear(6, 4))
+    nn.init.zeros_(model[0].weight)
+    table = lab.activation_stats(model, batch())
+    assert table.spread.item() == pytest.approx(0.0, abs=1e-6)
+    assert table.rms.item() > 0
+
+
+PROBES = {"gradient_norms": lab.gradient_norms, "activation_stats": lab.activation_stats}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("probe", PROBES)
+def test_a_look_inside_leaves_nothing_behind(probe, fails):
+    model = make(batch_norm=True, dropout=0.5)
+    model.eval()
+    model[1].train()
+    images, labels = batch()
+    model(images).sum().backward()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = [p.grad.clone() for p in model.parameters()]
+    modes = [part.training for part in model.modules()]
+    random = torch.get_rng_state()
+    if fails:
+        with pytest.raises(RuntimeError):
+            PROBES[probe](model, (images[:, :-1], labels))
+    else:
+        PROBES[probe](model, (images, labels))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [part.training for part in model.modules()] == modes
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    for parameter, grad in zip(model.parameters(), grads):
+        assert torch.equal(parameter.grad, grad)
+    for part in model.modules():
+        assert not part._forward_hooks
+        assert not part._forward_pre_hooks
+        assert not part._backward_hooks
+
+
+def test_gradients_do_not_appear_where_there_were_none():
+    model = make()
+    lab.gradient_norms(model, batch())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_look_inside_sees_the_network_as_a_training_step_does():
+    model = make(batch_norm=True).eval()
+    normalised = lab.activation_stats(model, batch()).loc["2"]
+    # The statistics of the batch, not the running ones that evaluation would use.
+    assert normalised["mean"] == pytest.approx(0.0, abs=1e-5)
+    assert normalised.rms == pytest.approx(1.0, rel=0.05)
+
+
+def test_what_has_no_gradient_is_refused():
+    model = make()
+    with pytest.raises(ValueError, match=r"gradient_norms: the loss has shape \(5,\).*scalar"):
+        lab.gradient_norms(model, batch(), lambda logits, labels: logits[:, 0])
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        lab.gradient_norms(model.requires_grad_(False), batch())

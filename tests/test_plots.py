@@ -36,6 +36,19 @@ def make_figures():
             title="T",
             label="accuracy (%)",
         ),
+        "lines": plots.lines(
+            {"m": {2: [90.0, 94.0], 40: [10.0]}, "n": {2: [80.0]}},
+            {"m": {2: [99.0, 97.0], 40: [11.0]}},
+            title="T",
+            x="depth",
+            y="accuracy (%)",
+            log_x=True,
+        ),
+        "layers": plots.layers(
+            {"before": {"m": [1e-9, 0.0, 1.0]}, "after": {"m": [0.1, 1.0, 1.0]}},
+            title="T",
+            y="norm",
+        ),
     }
 
 
@@ -52,7 +65,9 @@ def test_every_figure_draws_within_ten_inches_and_is_not_left_open(figures):
     assert plt.get_fignums() == []
 
 
-@pytest.mark.parametrize("name", ["learning_curves", "reliability", "dots", "confusion"])
+@pytest.mark.parametrize(
+    "name", ["learning_curves", "reliability", "dots", "confusion", "lines", "layers"]
+)
 def test_axes_are_named(figures, name):
     axes = figures[name].axes[0]
     assert axes.get_xlabel()
@@ -83,6 +98,24 @@ def test_dots_stand_at_the_means_with_models_in_order(figures):
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "b"]
     means = [container.lines[0].get_xdata().tolist() for container in axis.containers]
     assert means == [[90.0], [80.0, 70.0]]
+
+
+def test_lines_go_through_the_means_with_a_tick_at_every_place(figures):
+    axis = figures["lines"].axes[0]
+    found = {(line.get_linestyle(), line.get_label()): line for line in axis.get_lines()}
+    np.testing.assert_allclose(found["-", "m"].get_ydata(), [92.0, 10.0])
+    np.testing.assert_allclose(found["-", "n"].get_ydata(), [80.0])
+    dotted = next(line for line in axis.get_lines() if line.get_linestyle() == ":")
+    np.testing.assert_allclose(dotted.get_ydata(), [98.0, 11.0])
+    assert dotted.get_color() == found["-", "m"].get_color()
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "40"]
+
+
+def test_layers_share_a_scale_and_leave_a_gap_where_nothing_arrives(figures):
+    first, second = figures["layers"].axes
+    np.testing.assert_allclose(first.get_lines()[0].get_ydata(), [1e-9, np.nan, 1.0])
+    assert first.get_ylim() == second.get_ylim()
+    assert [axis.get_title(loc="left") for axis in (first, second)] == ["before", "after"]
 
 
 def test_the_house_style_stays_inside_the_figures():
