@@ -101,10 +101,11 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _data(parsed: argparse.Namespace) -> int:
     from .data import load_data
-    from .sources import KNOWN
+    from .sources import EMBEDDED, KNOWN
 
     if not parsed.names:
-        print("digits: embedded")
+        for name in EMBEDDED:
+            print(f"{name}: embedded")
         for name, known in KNOWN.items():
             places = [
                 path for path in (f"{name}.npz", known.folder) if (data_dir() / path).exists()

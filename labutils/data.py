@@ -155,8 +155,9 @@ def load_data(
 ) -> ImageData:
     """Load a data set by name, cut off a validation split and put everything on the device.
 
-    name: digits (embedded), mnist, cifar10, cifar100, imagenette, folder:PATH (a tree
-        train/CLASS/IMAGE plus val/ or test/), or NAME for a file $LABUTILS_DATA/NAME.npz.
+    name: digits, shapes10, shapes100, scenes10 (embedded), mnist, cifar10, cifar100, imagenette,
+        folder:PATH (a tree train/CLASS/IMAGE plus val/ or test/), or NAME for a file
+        $LABUTILS_DATA/NAME.npz.
     val_size: images, or a fraction, taken from train with equal class shares; unused where the
         source has a val split beside its test split.
     subset: fraction of the remaining training images to keep, with equal class shares.

@@ -1,4 +1,4 @@
-"""Where images come from: files under LABUTILS_DATA, torchvision, a folder of images, scikit-learn.
+"""Where images come from: files under LABUTILS_DATA, torchvision, a folder, or the package itself.
 
 Everything is returned as NumPy arrays; splitting and devices are the business of `data`.
 """
@@ -29,6 +29,7 @@ from .config import (
     reason,
     suggestion,
 )
+from .synthetic import SETS, class_names, generate
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
 
@@ -77,14 +78,15 @@ class _Known:
 
 KNOWN = {
     "mnist": _Known("MNIST", "MNIST", "digits", [str(digit) for digit in range(10)]),
-    "cifar10": _Known("CIFAR10", "cifar-10-batches-py", "digits", CIFAR10_CLASSES),
-    "cifar100": _Known("CIFAR100", "cifar-100-python", "digits"),
-    "imagenette": _Known("Imagenette", "imagenette2-160", "digits"),
+    "cifar10": _Known("CIFAR10", "cifar-10-batches-py", "shapes10", CIFAR10_CLASSES),
+    "cifar100": _Known("CIFAR100", "cifar-100-python", "shapes100"),
+    "imagenette": _Known("Imagenette", "imagenette2-160", "scenes10"),
 }
+EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 
 
 def read(name: str, *, image_size: int | None = None) -> Raw:
-    """Find a data set by name: an npz file, torchvision's files, torchvision's download.
+    """Find a data set by name: embedded, an npz file, torchvision's files, torchvision's download.
 
     image_size: side in pixels for `folder:PATH` (default 64) and imagenette (default 128).
     Raises ValueError for an unknown name, DataError for missing or damaged data.
@@ -99,6 +101,8 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
         check("load_data", {"image_size": PositiveInt}, {"image_size": image_size})
     if name == "digits":
         return _digits()
+    if name in SETS:
+        return _generated(name)
     if name.startswith("folder:"):
         return _folder(
             project_dir() / Path(name.removeprefix("folder:")).expanduser(), image_size or 64
@@ -106,7 +110,7 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
     if (npz := data_dir() / f"{name}.npz").exists():
         return _npz(npz, name)
     if name not in KNOWN:
-        names = ["digits", *KNOWN]
+        names = ["digits", *KNOWN, *SETS]
         raise ValueError(
             f"load_data: unknown data set {name!r}.{suggestion(name, names)} "
             f"Known: {', '.join(names)}, "
@@ -140,6 +144,19 @@ def _digits() -> Raw:
         tuple(str(name) for name in bunch.target_names),
         (images[train], labels[train]),
         (images[test], labels[test]),
+    )
+
+
+def _generated(name: str) -> Raw:
+    train, test = (
+        generate(name, count, seed)
+        for seed, count in enumerate((SETS[name].train, SETS[name].test))
+    )
+    return Raw(
+        "labutils.synthetic",
+        class_names(name),
+        (train.images, train.labels),
+        (test.images, test.labels),
     )
 
 

@@ -74,6 +74,8 @@ def test_data_lists_what_is_here_and_checks_what_is_named(write_npz, capsys):
     path = write_npz("mnist", train=60)
     assert cli.main(["data"]) == 0
     shown = capsys.readouterr().out
+    for name in "digits", "shapes10", "shapes100", "scenes10":
+        assert f"{name}: embedded\n" in shown
     assert "mnist: mnist.npz" in shown
     assert "cifar10: not here yet" in shown
     assert str(path.parent) in shown

@@ -1,6 +1,7 @@
 """Finding, checking, downloading and decoding data sets."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import random
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from labutils import sources
+from labutils import sources, synthetic
 from labutils.config import data_dir
 from labutils.sources import DataError
 
@@ -91,7 +92,7 @@ def striped(pixels: list, dtype=np.uint8) -> Image.Image:
 def test_an_unknown_name_gets_a_suggestion_and_the_known_names():
     with pytest.raises(ValueError, match=r"unknown data set 'minst'\. Did you mean 'mnist'\?") as e:
         sources.read("minst")
-    for known in ["digits", *sources.KNOWN, "folder:PATH", f"{data_dir()}/NAME.npz"]:
+    for known in [*sources.EMBEDDED, *sources.KNOWN, "folder:PATH", f"{data_dir()}/NAME.npz"]:
         assert known in str(e.value)
     with pytest.raises(ValueError, match="unknown data set 'xyz'") as e:
         sources.read("xyz")
@@ -107,6 +108,19 @@ def test_digits_are_scikit_learns():
     expected = np.rint(load_digits().images * 255 / 16)
     assert sorted(map(bytes, images)) == sorted(map(bytes, expected.astype(np.uint8)))
     assert abs(np.bincount(raw.test[1]) - np.bincount(load_digits().target) / 1797 * 450).max() < 1
+
+
+@pytest.mark.parametrize(("name", "side"), [("shapes10", 32), ("shapes100", 32), ("scenes10", 96)])
+def test_generated_sets_are_read_like_the_others(name, side, monkeypatch):
+    small = dataclasses.replace(synthetic.SETS[name], train=200, test=100)
+    monkeypatch.setitem(synthetic.SETS, name, small)
+    raw = sources.read(name)
+    for (images, labels), count, seed in (raw.train, 200, 0), (raw.test, 100, 1):
+        drawn = synthetic.generate(name, count, seed)
+        assert images.shape == (count, 3, side, side)
+        np.testing.assert_array_equal(images, drawn.images)
+        np.testing.assert_array_equal(labels, drawn.labels)
+    assert (raw.source, raw.classes, raw.val) == ("labutils.synthetic", drawn.classes, None)
 
 
 def test_npz_files_of_grey_and_colour_images_are_read(write_npz):
@@ -298,6 +312,20 @@ def test_a_failed_download_explains_itself_and_leaves_nothing(monkeypatch, error
         assert str(part) in str(caught.value)
     assert list(data_dir().iterdir()) == []
     assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "stand_in"),
+    [("cifar10", "shapes10"), ("cifar100", "shapes100"), ("imagenette", "scenes10")],
+)
+def test_a_failed_download_names_the_embedded_set_that_is_most_alike(monkeypatch, name, stand_in):
+    def fetch(root, **options):
+        raise URLError("no route")
+
+    monkeypatch.setattr(datasets, sources.KNOWN[name].dataset, fetch)
+    with pytest.raises(DataError, match=rf"embedded load_data\('{stand_in}'\) answers"):
+        sources.read(name)
+    assert stand_in in sources.EMBEDDED
 
 
 def test_an_interrupted_download_leaves_nothing(monkeypatch):
@@ -492,7 +520,7 @@ def test_a_bad_image_size_is_refused(size):
         sources.read("folder:somewhere", image_size=size)
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist", "other"])
+@pytest.mark.parametrize("name", ["digits", "shapes10", "scenes10", "mnist", "other"])
 def test_image_size_is_refused_where_it_has_no_effect(name):
     with pytest.raises(ValueError, match=f"image_size = 32 has no effect on '{name}'"):
         sources.read(name, image_size=32)
