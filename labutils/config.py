@@ -26,6 +26,7 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Pixels = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -99,12 +100,19 @@ class _Checked:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment(_Checked):
-    """Random distortion of training images, drawn anew for every image and epoch."""
+    """Random changes of training images, drawn anew for every image and epoch.
+
+    In the order in which they are made: crop, flip, then rotate, translate and zoom as one
+    distortion, cutout, mixup. Any of them can be combined. See labutils.augmentation.
+    """
 
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
     translate: NonNegativeFloat = 0.0  # pixels, either way, on both axes
     zoom: Fraction = 0.0  # scale drawn from [1 - zoom, 1 + zoom]
     flip: Literal["none", "random", "alternating"] = "none"  # left and right; see Split.shuffled
+    crop: Pixels = 0  # whole pixels, either way, on both axes; the border is mirrored
+    cutout: Pixels = 0  # side of a square that is blanked
+    mixup: NonNegativeFloat = 0.0  # alpha: shares are drawn from Beta(alpha, alpha); 0: off
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from . import augmentation
 from .config import Augment, Seed, check, resolve_device
 from .sources import Raw, read
 
@@ -39,9 +39,8 @@ class Split:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [n, C, H, W] -> float32 [n, C, H, W] with zero mean and unit deviation on train."""
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.mean, device=images.device).view(shape) * 255
-        std = torch.tensor(self.std, device=images.device).view(shape) * 255
+        statistics = torch.tensor([self.mean, self.std]).view(2, 1, -1, 1, 1) * 255
+        mean, std = statistics.to(images.device, non_blocking=True)
         return images.float().sub_(mean).div_(std)
 
     def num_batches(self, batch_size: int) -> int:
@@ -62,6 +61,7 @@ class Split:
         epoch: int,
         start: int = 0,
         augment: Augment | None = None,
+        num_classes: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one training epoch, from batch number `start` on.
 
@@ -69,29 +69,68 @@ class Split:
         middle. Work on images is done for several batches at once, which saves most of the
         overhead of small tensors. A last batch of a single image is left out: batch normalisation
         has nothing to normalise there.
+        Yields images, float32 [n, C, H, W], and labels, int64 [n]; with augment.mixup these are
+        probabilities, float32 [n, num_classes], by default as many as the split has classes.
         augment.flip: 'random' flips half of the images, drawn anew every epoch; 'alternating' draws
         once and then flips what it did not flip the epoch before, so that two epochs show every
         image both ways (https://arxiv.org/abs/2404.00498).
+        Raises ValueError if the images are too small for augment.crop or augment.cutout.
         """
         augment = augment or Augment()
-        device = self.images.device
-        order = torch.randperm(len(self), generator=_generator(seed, epoch)).to(device)
-        num_batches = self.num_batches(batch_size)
-        order = order[: num_batches * batch_size]
+        augmentation.require_fit(augment, self.images.shape)
+        num_batches, device = self.num_batches(batch_size), self.images.device
+        order = torch.randperm(len(self), generator=augmentation.generator(seed, epoch))
+        order = order.to(device)[: num_batches * batch_size]
         group = _batches_at_once(self.images, batch_size)
-        flips = _flips(len(self), augment.flip, seed, epoch).to(device)
-        warps = augment.rotate or augment.translate or augment.zoom
+        change = _Changes(self, augment, seed, epoch)
+        if augment.mixup:
+            num_classes = num_classes or int(self.labels.max()) + 1
+            shares = augmentation.draw_shares(num_batches, augment.mixup, "mixup", seed, epoch)
         for first in range(start // group * group, num_batches, group):
             index = order[first * batch_size : (first + group) * batch_size]
-            images = self.normalise(self.images[index])
-            if augment.flip != "none":
-                images = torch.where(flips[index].view(-1, 1, 1, 1), images.flip(-1), images)
-            if warps:
-                images = distort(images, augment, _generator(seed, epoch, first))
+            images = change(index, first)
             cut = zip(images.split(batch_size), self.labels[index].split(batch_size))
             for number, batch in enumerate(cut, first):
                 if number >= start:
+                    if augment.mixup:
+                        batch = augmentation.mix(*batch, shares[number], num_classes)
                     yield batch
+
+
+class _Changes:
+    """What one epoch does to the images of a split.
+
+    Crops, flips and holes are drawn for the whole epoch at once: they depend on the image, not on
+    how many batches are prepared together, and a GPU is not kept waiting for them.
+    """
+
+    def __init__(self, split: Split, augment: Augment, seed: int, epoch: int) -> None:
+        self.split, self.augment, self.key = split, augment, (seed, epoch)
+        device, count = split.images.device, len(split)
+        if augment.crop or augment.flip != "none":
+            window = 2 * [2 * augment.crop + 1]
+            flips = augmentation.draw_flips(count, augment.flip, *self.key)
+            corners = augmentation.draw_pixels(count, window, "crop", *self.key)
+            self.flips, self.corners = flips.to(device), corners.to(device)
+        if augment.cutout:
+            centres = augmentation.draw_pixels(count, split.images.shape[2:], "cutout", *self.key)
+            self.centres = centres.to(device)
+
+    def __call__(self, index: Tensor, first: int) -> Tensor:
+        """The images with these numbers, changed: float32. first: number of their first batch."""
+        augment = self.augment
+        images = self.split.images.index_select(0, index)
+        if augment.crop or augment.flip != "none":
+            images = augmentation.crop_and_flip(
+                images, self.corners[index], self.flips[index], augment.crop
+            )
+        images = self.split.normalise(images)
+        if augment.rotate or augment.translate or augment.zoom:
+            source = augmentation.generator(*self.key, first)
+            images = augmentation.distort(images, augment, source)
+        if augment.cutout:
+            images = augmentation.blank(images, self.centres[index], augment.cutout)
+        return images
 
 
 @dataclass(frozen=True)
@@ -247,42 +286,3 @@ def _batches_at_once(images: Tensor, batch_size: int) -> int:
     """How many batches to prepare together: a few MB on a CPU, so that they stay in its cache."""
     budget = 2**22 if images.device.type == "cpu" else 2**27
     return max(1, budget // (batch_size * images[0].numel() * 4))
-
-
-def _flips(count: int, flip: str, seed: int, epoch: int) -> Tensor:
-    """Which of the images an epoch shows flipped: bool [count]."""
-    if flip == "none":
-        return torch.zeros(0, dtype=torch.bool)
-    key = ("flip", seed, epoch) if flip == "random" else ("flip", seed)
-    drawn = torch.rand(count, generator=_generator(*key)) < 0.5
-    return drawn if flip == "random" or epoch % 2 == 0 else ~drawn
-
-
-def _generator(*key: int | str) -> torch.Generator:
-    """Random numbers that depend on the key alone: drawn on the CPU, the same for every device."""
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-    return torch.Generator().manual_seed(seed)
-
-
-def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
-    """Rotate, zoom and shift each image at random, bilinear, with its border continued.
-
-    images: float [N, C, H, W]. Returns the same shape. The three draws are independent and uniform.
-    """
-    n, _, height, width = images.shape
-    draw = torch.rand(4, n, generator=generator).mul_(2).sub_(1).to(images.device)
-    angle, zoom = draw[0] * math.radians(augment.rotate), 1 + draw[1] * augment.zoom
-    shift_x = draw[2] * (2 * augment.translate / width)
-    shift_y = draw[3] * (2 * augment.translate / height)
-    cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    # Grid coordinates run from -1 to 1 on both axes, so a rotation scales by the aspect ratio.
-    row_x = torch.stack([cos, -sin * (height / width), shift_x], dim=1)
-    row_y = torch.stack([sin * (width / height), cos, shift_y], dim=1)
-    # One product for the whole batch; F.affine_grid makes one an image, ten times as slow.
-    pixels = F.affine_grid(
-        torch.eye(2, 3, device=images.device)[None], (1, 1, height, width), False
-    )
-    base = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=-1).view(-1, 3)
-    grid = torch.stack([row_x, row_y], dim=1).view(-1, 3) @ base.T
-    grid = grid.view(n, 2, height, width).permute(0, 2, 3, 1)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

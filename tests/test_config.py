@@ -55,6 +55,9 @@ DISTORTIONS = {
     "rotate": st.just(0) | st.floats(0, 180),
     "translate": st.just(0.0) | st.floats(0, 8),
     "zoom": st.just(0.0) | st.floats(0, 0.9),
+    "crop": st.integers(0, 8),
+    "cutout": st.integers(0, 8),
+    "mixup": st.just(0) | st.floats(0, 2),
 }
 
 
@@ -78,7 +81,9 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [(name, bad) for name in ("rotate", "translate", "zoom") for bad in NOT_NUMBERS]
-    + [("rotate", 181), ("zoom", 1)],
+    + [("rotate", 181), ("zoom", 1)]
+    + [(name, bad) for name in ("crop", "cutout") for bad in (-1, 4.0, True, "4", None)]
+    + [("mixup", bad) for bad in NOT_NUMBERS],
 )
 def test_a_bad_distortion_is_named(name, value):
     with pytest.raises(ValueError, match=f"^Augment: {name} = .*Input should be "):
