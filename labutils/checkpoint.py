@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .config import atomic_write
 from .runs import RunError
@@ -27,7 +28,10 @@ class Tally:
         self._uncounted: list[tuple[Tensor, Tensor]] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """loss: mean over the batch. logits [n, num_classes], labels [n]."""
+        """loss: mean over the batch. logits [n, num_classes].
+
+        labels: int64 [n], or their probabilities, float [n, num_classes], whose largest counts.
+        """
         self.images += len(labels)
         self._losses.append(loss.detach() * len(labels))
         self._uncounted.append((logits.detach(), labels))
@@ -38,6 +42,7 @@ class Tally:
     def _count(self) -> None:
         if self._uncounted:
             logits, labels = (torch.cat(parts) for parts in zip(*self._uncounted))
+            labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
             self._hits = self._hits + (logits.argmax(dim=1) == labels).sum()
             self._uncounted.clear()
 
@@ -79,15 +84,42 @@ class Position:
         vars(self).update(state)
 
 
+class Average(AveragedModel):
+    """Exponential moving average of a model's weights and of its statistics, which `update` feeds.
+
+    The first update copies the model. Whole numbers, counters say, are copied always.
+    torch's own update sends a counter to the device in every step, and waits for it.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        weight = 1 - self._decay if self.n_averaged else 1.0
+        ours, theirs = ([*part.parameters(), *part.buffers()] for part in (self.module, model))
+        pairs = list(zip(ours, theirs))
+        blended = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*blended)), weight)
+        for our, their in pairs:
+            if not our.is_floating_point():
+                our.copy_(their)
+        self.n_averaged += 1
+
+
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
-def save(path: Path, key: str, parts: dict[str, Stateful], device: torch.device) -> None:
+def save(
+    path: Path, key: str, parts: dict[str, Stateful], device: torch.device, precision: str
+) -> None:
     """Write the state of all parts and of torch's random numbers as one atomic file."""
     state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"key": key, "device": device.type, "rng": torch.get_rng_state()}
+    state |= {"key": key, "device": device.type, "precision": precision}
+    state["rng"] = torch.get_rng_state()
     if device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state(device)
     # Writing straight to a file, torch reports a full disk as a RuntimeError about positions.
@@ -97,10 +129,13 @@ def save(path: Path, key: str, parts: dict[str, Stateful], device: torch.device)
         file.write(buffer.getbuffer())
 
 
-def load(path: Path, key: str, parts: dict[str, Stateful], device: torch.device) -> None:
+def load(
+    path: Path, key: str, parts: dict[str, Stateful], device: torch.device, precision: str
+) -> None:
     """Bring all parts to the state that `save` wrote.
 
-    Raises RunError if the file is damaged or belongs to another run or model.
+    Raises RunError if the file is damaged, belongs to another run or model, or was made on another
+    kind of device or in another precision.
     """
     advice = f"Remove {path.parent} to start this run anew."
     try:
@@ -113,9 +148,12 @@ def load(path: Path, key: str, parts: dict[str, Stateful], device: torch.device)
         ) from error
     if not isinstance(state, dict) or state.get("key") != key:
         raise RunError(f"train: the checkpoint {path} belongs to another run. {advice}")
-    if state["device"] != device.type:
+    # Checkpoints had no precision while float32 was the only one.
+    made, here = (state["device"], state.get("precision", "float32")), (device.type, precision)
+    if made != here:
+        made, here = (" in ".join(place) for place in (made, here))
         raise RunError(
-            f"train: the checkpoint {path} was made on {state['device']}, this is {device.type}: "
+            f"train: the checkpoint {path} was made on {made}, this is {here}: "
             f"the run would not continue with the same bits. Go on there, or start anew. {advice}"
         )
     try:

@@ -27,6 +27,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Pixels = Annotated[int, Field(ge=0)]
+Precision = Literal["auto", "float32", "bf16"]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -133,6 +134,7 @@ class TrainConfig(_Checked):
     clip_norm: PositiveFloat | None = None  # largest allowed norm of all gradients together
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of averaged weights; None: off
     augment: Augment = field(default=Augment())
+    precision: Precision = "float32"  # auto: bf16 where it is computed
     monitor: Literal["val_loss", "val_accuracy"] = "val_loss"  # picks the best epoch
     patience: PositiveInt | None = None  # stagnation: stop after so many epochs without gain
     min_delta: NonNegativeFloat = 0.0  # a gain smaller than this does not count for patience

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import Precision, check
 from .data import Split
+from .execution import autocast, usable_precision
 from .models import evaluating
 
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, https://arxiv.org/abs/1706.04599
@@ -47,28 +49,53 @@ class Metrics:
         )
 
 
-def evaluate(model: nn.Module, split: Split, *, batch_size: int = 1024, top_k: int = 5) -> Metrics:
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    *,
+    batch_size: int = 1024,
+    top_k: int = 5,
+    precision: str = "float32",
+    tta: bool = False,
+) -> Metrics:
     """Score a classifier on one split.
 
     split: images uint8 [N, C, H, W], labels int64 [N], on any device.
+    precision, tta: as for predict.
     Returns Metrics; loss is mean cross-entropy in nats, accuracies are fractions in [0, 1].
     Raises ValueError if the split is empty or the model's output is not [N, num_classes].
     """
-    return score(predict(model, split, batch_size=batch_size), split.labels, top_k=top_k)
+    options = {"batch_size": batch_size, "precision": precision, "tta": tta}
+    return score(predict(model, split, **options), split.labels, top_k=top_k)
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Tensor:
+def predict(
+    model: nn.Module,
+    split: Split,
+    *,
+    batch_size: int = 1024,
+    precision: str = "float32",
+    tta: bool = False,
+) -> Tensor:
     """Logits float32 [N, num_classes] on the device of the split; the model's mode is kept.
 
-    Raises ValueError if the split is empty or the model's output is not [N, num_classes].
+    precision: as in TrainConfig; float32 also where bf16 would be emulated.
+    tta: test-time augmentation, the mean of the logits of each image and of its mirror image.
+    Raises ValueError if the split is empty, the model's output is not [N, num_classes] or the
+    precision is none.
     """
     if not len(split):
         raise ValueError("evaluate: the split is empty. Give one with at least one image.")
+    check("evaluate", {"precision": Precision}, {"precision": precision})
     parameter = next(model.parameters(), None)
     device = split.images.device if parameter is None else parameter.device
-    with evaluating(model):
-        logits = [model(images.to(device)) for images, _ in split.batches(batch_size)]
+    logits = []
+    with evaluating(model), autocast(usable_precision(precision, device), device):
+        for images, _ in split.batches(batch_size):
+            images = images.to(device)
+            found = model(images)
+            logits.append((found.float() + model(images.flip(-1)).float()) / 2 if tta else found)
     if logits[0].ndim != 2 or len(logits[0]) != min(batch_size, len(split)):
         raise ValueError(
             f"evaluate: the model returned shape {list(logits[0].shape)} for a batch. "
@@ -77,9 +104,11 @@ def predict(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Tensor
     return torch.cat(logits).float().to(split.images.device)
 
 
-def loss_and_accuracy(model: nn.Module, split: Split) -> tuple[float, float]:
+def loss_and_accuracy(
+    model: nn.Module, split: Split, *, precision: str = "float32"
+) -> tuple[float, float]:
     """Mean cross-entropy in nats and the fraction of hits: what training looks at every epoch."""
-    logits = predict(model, split)
+    logits = predict(model, split, precision=precision)
     hits = (logits.argmax(dim=1) == split.labels).float().mean()
     return F.cross_entropy(logits, split.labels).item(), hits.item()
 

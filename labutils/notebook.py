@@ -53,31 +53,38 @@ class Score:
     runs: Sequence[Run]
     data: ImageData
 
-    def values(self, what: str) -> list[float]:
-        """One number a seed. what: a field of Metrics, on the test split, or epochs or seconds."""
+    def values(self, what: str, *, tta: bool = False) -> list[float]:
+        """One number a seed. what: a field of Metrics, on the test split, or epochs or seconds.
+
+        tta: with test-time augmentation, see predict.
+        """
         if stopped := [run.name for run in self.runs if run.stop_reason == "interrupted"]:
             raise RunError(f"results: {', '.join(stopped)} interrupted. Train to the end first.")
         if what in ("epochs", "seconds"):
             return [float(getattr(run, what)) for run in self.runs]
         scale = 1 if what == "loss" else 100
-        return [scale * getattr(run.test(self.data), what) for run in self.runs]
+        return [scale * getattr(run.test(self.data, tta=tta), what) for run in self.runs]
 
-    def mean(self, what: str = "accuracy") -> float:
-        return statistics.fmean(self.values(what))
+    def mean(self, what: str = "accuracy", *, tta: bool = False) -> float:
+        return statistics.fmean(self.values(what, tta=tta))
 
-    def std(self, what: str = "accuracy") -> float:
+    def std(self, what: str = "accuracy", *, tta: bool = False) -> float:
         """Standard deviation over seeds, of the sample; 0 for a single seed."""
-        values = self.values(what)
+        values = self.values(what, tta=tta)
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def results(
-    scores: Mapping[tuple[str, str], Score], **references: Mapping[str, float]
+    scores: Mapping[tuple[str, str], Score],
+    *,
+    tta: bool = False,
+    **references: Mapping[str, float],
 ) -> pd.DataFrame:
     """The table of a comparison on the test split: means over seeds, accuracy with its deviation.
 
-    scores: (recipe, model) -> Score. references: more columns, model -> accuracy in percent, a
-    published result for example.
+    scores: (recipe, model) -> Score. tta: add a column for the accuracy with test-time flip, from
+    the mean of the logits of each image and of its mirror image. references: more columns, model ->
+    accuracy in percent, a published result for example.
     """
     import pandas as pd
 
@@ -85,7 +92,8 @@ def results(
         key: {
             "parameters": f"{score.runs[0].info['parameters']:,}",
             "seeds": len(score.runs),
-            "accuracy (%)": f"{score.mean():.2f}\u00a0±\u00a0{score.std():.2f}",
+            "accuracy (%)": _spread(score),
+            **({"test-time flip (%)": _spread(score, tta=True)} if tta else {}),
             **{f"{name} (%)": values.get(key[1]) for name, values in references.items()},
             "precision (%)": f"{score.mean('precision'):.2f}",
             "loss (nats)": f"{score.mean('loss'):.3f}",
@@ -98,6 +106,10 @@ def results(
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=["recipe", "model"])
     return table
+
+
+def _spread(score: Score, **options: bool) -> str:
+    return f"{score.mean(**options):.2f}\u00a0±\u00a0{score.std(**options):.2f}"
 
 
 @dataclass

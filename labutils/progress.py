@@ -49,6 +49,16 @@ def say(text: str) -> None:
         _cell_text.show(text)
 
 
+_said: set[str] = set()
+
+
+def warn(text: str) -> None:
+    """Say it, but once a session. Python's own warnings go to stderr, which notebooks store."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
+
+
 class _NotebookBar(tqdm):
     """tqdm in the cell's text output."""
 

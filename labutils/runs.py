@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_SCORES = ("test", "test_flip")  # what Run.test measures, by the name it is stored under
+
+
 class RunError(RuntimeError):
     """A run cannot be started, stored, continued or used."""
 
@@ -38,7 +41,8 @@ class Run:
     """One training: what went in, what came out.
 
     model holds the weights of the best epoch; None for a published run that is its card alone.
-    info: model spec, config, data, versions, device, seconds, epochs, best_epoch, stop_reason.
+    info: model spec, config, data, versions, device, precision, compiled, seconds, epochs,
+    best_epoch, stop_reason.
     """
 
     name: str
@@ -49,7 +53,7 @@ class Run:
     model: nn.Module | None = None
     stored: bool = False  # found in the store, not trained by this call
     track: Any = None  # what train was asked to mirror to; test metrics go there too
-    _test: metrics.Metrics | None = field(default=None, repr=False)
+    _scores: dict[str, metrics.Metrics] = field(default_factory=dict, repr=False)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -77,9 +81,10 @@ class Run:
             raise RunError(f"{self.name}: {self.stop_reason} before the first epoch ended.")
         return self.rows[self.info["best_epoch"] - 1][column]
 
-    def test(self, data: ImageData) -> metrics.Metrics:
+    def test(self, data: ImageData, *, tta: bool = False) -> metrics.Metrics:
         """Metrics on the test split, measured once and stored with the run.
 
+        In the precision of its training, where it can be had. tta: as for predict, stored apart.
         Raises RunError if the run was trained on other data, or has neither metrics nor weights.
         """
         if data.fingerprint != self.info["data"]["fingerprint"]:
@@ -87,18 +92,21 @@ class Run:
                 f"{self.name}: trained on data {self.info['data']['fingerprint']}, asked to test "
                 f"on {data.fingerprint}. Load the data with the same name, val_size and seed."
             )
-        if self._test is None:
+        name = "test_flip" if tta else "test"
+        if name not in self._scores:
             # A copy with the stored weights: the caller may have gone on changing the model.
             model = copy.deepcopy(self.require_model())
             if self.weights.exists():
                 load_weights(model, self.weights)
-            self._test = metrics.evaluate(model, data.test)
+            precision = self.info.get("precision", "float32")
+            found = metrics.evaluate(model, data.test, precision=precision, tta=tta)
+            self._scores[name] = found
             # An unfinished run goes on in this folder, and its weights will be others.
             if self.place.is_dir() and self.stop_reason != "interrupted":
                 with disk_errors(self.name, self.place):
-                    write_json(self.place / "test.json", self._test.to_json())
-                self._mirror({"test/loss": self._test.loss, "test/accuracy": self._test.accuracy})
-        return self._test
+                    write_json(self.place / f"{name}.json", found.to_json())
+                self._mirror({f"{name}/loss": found.loss, f"{name}/accuracy": found.accuracy})
+        return self._scores[name]
 
     def _mirror(self, values: dict[str, float]) -> None:
         named = {"name": self.name, "key": self.key, "folder": self.place}
@@ -167,7 +175,8 @@ def _folders(ending: str) -> list[Path]:
 
 def _read_folder(place: Path, key: str) -> Run:
     info = json.loads((place / "run.json").read_text())
-    test = place / "test.json"
+    paths = {name: place / f"{name}.json" for name in _SCORES}
+    stored = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     return Run(
         name=place.name.rpartition(f"-{key}")[0],
         key=key,
@@ -175,7 +184,7 @@ def _read_folder(place: Path, key: str) -> Run:
         rows=History.load(place / "history.csv").rows,
         place=place,
         stored=True,
-        _test=metrics.Metrics.from_json(json.loads(test.read_text())) if test.exists() else None,
+        _scores=_from_json(stored),
     )
 
 
@@ -189,8 +198,13 @@ def _read_card(place: Path) -> Run:
         rows=[dict(zip(columns, values)) for values in zip(*columns.values())],
         place=place,
         stored=True,
-        _test=metrics.Metrics.from_json(card["test"]) if card["test"] else None,
+        _scores=_from_json(card),
     )
+
+
+def _from_json(stored: dict[str, Any]) -> dict[str, metrics.Metrics]:
+    found = {name: stored[name] for name in _SCORES if stored.get(name) is not None}
+    return {name: metrics.Metrics.from_json(values) for name, values in found.items()}
 
 
 @contextmanager
@@ -270,7 +284,8 @@ def publish(run: Run, *, weights: bool, command: str) -> Path:
             "name": run.name,
             "key": run.key,
             "command": command,
-            "test": run._test.to_json() if run._test else None,
+            "test": None,
+            **{name: found.to_json() for name, found in run._scores.items()},
             "info": run.info,
             "history": {name: history.column(name) for name in run.rows[0]},
         },

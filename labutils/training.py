@@ -1,7 +1,6 @@
 """`train`: one loop that trains a classifier, and continues where it was cut off.
 
-Nothing in the loop waits for the device: losses and logits stay there until an epoch ends. Only
-`ema` does, once a step, inside of torch's AveragedModel.
+Nothing in the loop waits for the device: losses and logits stay there until an epoch ends.
 """
 
 from __future__ import annotations
@@ -22,15 +21,16 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoint
+from .augmentation import require_fit
 from .config import TrainConfig, device_name, reason, runs_dir, write_json
 from .data import ImageData
+from .execution import Forward, threads
 from .keys import identify, run_key
 from .metrics import loss_and_accuracy, predict
 from .models import num_parameters
-from .progress import Progress, say
+from .progress import Progress, say, warn
 from .runs import Run, RunError, disk_errors, find, save_weights, settle, store_lock
 from .schedules import lr_factor, make_optimizer, stop_reason
 from .tracking import History, Mirror, open_mirrors
@@ -46,6 +46,7 @@ def train(
     track: str | Sequence[str] | None = "auto",
     progress: bool = True,
     checkpoint_seconds: float = 30.0,
+    compile: bool = False,
 ) -> Run:
     """Train a classifier, or load the finished run that did exactly this before.
 
@@ -56,6 +57,10 @@ def train(
     retrain: train although a finished run is stored, and replace it when done.
     track: see tracking.open_mirrors. progress: live bar, and a line when a stored run is loaded.
     checkpoint_seconds: longest time of work that a kill can cost.
+    compile: use torch.compile, which takes a minute or more and makes the steps faster. A matter
+        of speed, like the device and the order in memory (channels last for convolutions): results
+        differ in rounding, and in which values dropout drops, so it is no part of the run's key.
+        Nor is what config.precision = 'auto' comes to; run.info has all of these.
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
     the first, and ends with the same bits on the same machine.
@@ -81,7 +86,7 @@ def train(
                 for stray in part.glob(".*.tmp"):
                     stray.unlink()
                 job = _Job(model, data, config, name, key, part, spec)
-                return job.run(track, progress, checkpoint_seconds)
+                return job.run(track, progress, checkpoint_seconds, compile)
     if progress:
         say(str(run))
     return run
@@ -101,6 +106,7 @@ def _check_arguments(model: nn.Module, data: ImageData, config: TrainConfig, nam
             f"train: batch_size = {config.batch_size} is larger than the training split of "
             f"{len(data.train)} images. Choose at most {len(data.train)}."
         )
+    require_fit(config.augment, data.image_shape)
     if not num_parameters(model):
         raise ValueError("train: the model has no parameter that requires a gradient.")
 
@@ -140,6 +146,8 @@ class _Job:
     ) -> None:
         self.model, self.data, self.config, self.name, self.key = model, data, config, name, key
         self.part, self.device = part, data.train.images.device
+        # First, since the optimizer and the average copy the order in memory that it sets.
+        self.forward = Forward(model, config.precision, self.device)
         self.steps = data.train.num_batches(config.batch_size)
         self.at, self.tally = checkpoint.Position(), checkpoint.Tally()
         self.optimizer = make_optimizer(model, config)
@@ -149,10 +157,8 @@ class _Job:
             "position": self.at,
             "tally": self.tally,
         }
-        self.averaged = None
-        if config.ema:
-            average = get_ema_multi_avg_fn(config.ema)
-            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.averaged = checkpoint.Average(model, config.ema) if config.ema else None
+        if self.averaged is not None:
             self.state["averaged"] = self.averaged
         splits = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
         self.settings = {
@@ -167,14 +173,15 @@ class _Job:
             },
         }
 
-    def run(self, track: Any, progress: bool, checkpoint_seconds: float) -> Run:
+    def run(self, track: Any, progress: bool, checkpoint_seconds: float, compile: bool) -> Run:
         last, size = self.part / "last.pt", len(self.data.train)
+        precision = self.forward.precision
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), ExitStack() as stack:
-            stack.enter_context(_threads(self.model, self.config.batch_size, self.device))
+            stack.enter_context(threads(self.model, self.config.batch_size, self.device))
             self.threads = torch.get_num_threads() if self.device.type == "cpu" else None
             torch.manual_seed(self.config.seed)
             if last.exists():
-                checkpoint.load(last, self.key, self.state, self.device)
+                checkpoint.load(last, self.key, self.state, self.device, precision)
             else:
                 write_json(self.part / "config.json", {"key": self.key, **self.settings})
             named = {"name": self.name, "key": self.key}
@@ -191,6 +198,7 @@ class _Job:
                 show=progress,
             )
             stack.enter_context(closing(bar))
+            self._prepare(compile, bar, progress)
             interrupted = stack.enter_context(_interrupts())
             reason = self._loop(bar, mirrors, interrupted, checkpoint_seconds)
             bar.note(reason)
@@ -199,6 +207,21 @@ class _Job:
                 for mirror in mirrors:
                     mirror.summarise({f"best/{name}": value for name, value in best.items()})
         return self._finish(reason, track)
+
+    def _prepare(self, compile: bool, bar: Progress, progress: bool) -> None:
+        """Compile if asked to, and say what cannot be had here."""
+
+        def tell(text: str) -> None:
+            bar.note(text)
+            if progress:
+                warn(text)
+
+        if self.config.precision == "bf16" != self.forward.precision:
+            tell(f"{device_name(self.device)} does not compute in bf16: trained in float32")
+        if compile:
+            self.forward.compile(
+                lambda why: tell(f"torch.compile fails here ({why}): trained without it")
+            )
 
     def _loop(
         self, bar: Progress, mirrors: list[Mirror], interrupted: list, checkpoint_seconds: float
@@ -214,13 +237,14 @@ class _Job:
                 epoch=at.epoch,
                 start=at.batch,
                 augment=config.augment,
+                num_classes=self.data.num_classes,
             )
             model.train()
             for images, labels in batches:
                 lr = self._lr(at.batch)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                logits = model(images)
+                logits = self.forward(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
                 loss.backward()
                 if config.clip_norm:
@@ -228,7 +252,7 @@ class _Job:
                 optimizer.step()
                 optimizer.zero_grad()
                 if self.averaged is not None:
-                    self.averaged.update_parameters(model)
+                    self.averaged.update(model)
                 self.tally.add(loss, logits, labels)
                 at.batch += 1
                 bar.step(len(labels))
@@ -258,7 +282,8 @@ class _Job:
         train_loss, train_accuracy = self.tally.means()
         speed = self.tally.images / at.epoch_seconds
         scored = self.averaged.module if self.averaged is not None else self.model
-        val_loss, val_accuracy = loss_and_accuracy(scored, self.data.val)
+        precision = self.forward.precision
+        val_loss, val_accuracy = loss_and_accuracy(scored, self.data.val, precision=precision)
         if not math.isfinite(val_loss):
             self._diverged("validation loss", val_loss, at.batch - 1)
         seconds = at.epoch_seconds + time.perf_counter() - started
@@ -302,7 +327,8 @@ class _Job:
 
     def _save(self) -> None:
         self._require_finite()
-        checkpoint.save(self.part / "last.pt", self.key, self.state, self.device)
+        last, precision = self.part / "last.pt", self.forward.precision
+        checkpoint.save(last, self.key, self.state, self.device, precision)
         History(self.at.rows).save(self.part / "history.csv")
 
     def _finish(self, reason: str, track: Any) -> Run:
@@ -316,6 +342,8 @@ class _Job:
             "seconds": round(at.seconds + at.epoch_seconds, 3),
             "device": device_name(self.device),
             "threads": self.threads,
+            "precision": self.forward.precision,
+            "compiled": self.forward.compiled,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "finished": datetime.date.today().isoformat(),
@@ -328,26 +356,6 @@ class _Job:
         if at.best_weights:
             self.model.load_state_dict(at.best_weights)
         return Run(self.name, self.key, info, at.rows, place, self.model, track=track)
-
-
-@contextmanager
-def _threads(model: nn.Module, batch_size: int, device: torch.device) -> Iterator[None]:
-    """One CPU thread for perceptrons so small that a second one gains next to nothing.
-
-    Below 4 million multiplications a step it gains a fifth at best (benchmarks/threads.py), and
-    where other programs compete for the cores, waiting for it costs up to a hundred times as much.
-    """
-    threads = torch.get_num_threads()
-    holders = [part for part in model.modules() if part._parameters]
-    multiplications = batch_size * sum(p.numel() for p in model.parameters())
-    # In other layers, convolutions say, a parameter takes part in many multiplications an image.
-    flat = all(isinstance(part, nn.Linear | nn.BatchNorm1d) for part in holders)
-    if device.type == "cpu" and flat and multiplications < 2**22:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

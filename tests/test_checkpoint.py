@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from labutils.checkpoint import Position, Tally, load, save
+from labutils.checkpoint import Average, Position, Tally, load, save
 from labutils.runs import RunError
 
 CPU = torch.device("cpu")
@@ -35,13 +37,13 @@ def make_parts(width=3, seed=0):
 @pytest.fixture
 def last(tmp_path):
     path = tmp_path / "name-abc.part" / "last.pt"
-    save(path, "abc", make_parts(), CPU)
+    save(path, "abc", make_parts(), CPU, "float32")
     return path
 
 
 def assert_refused(path, *, parts=None, key="abc", why):
     with pytest.raises(RunError) as caught:
-        load(path, key, parts or make_parts(), CPU)
+        load(path, key, parts or make_parts(), CPU, "float32")
     message = str(caught.value)
     assert re.search(why, message)
     assert f"checkpoint {path}" in message
@@ -87,7 +89,7 @@ def test_a_tally_keeps_the_loss_of_each_batch_and_forgets_on_reset():
 def test_load_brings_every_part_to_the_state_that_was_saved(last):
     wanted, parts = make_parts(), make_parts(seed=1)
     parts["position"], parts["tally"] = Position(), Tally()
-    load(last, "abc", parts, CPU)
+    load(last, "abc", parts, CPU, "float32")
     assert torch.equal(parts["model"].weight, wanted["model"].weight)
     moments, wanted_moments = (p["optimizer"].state_dict()["state"] for p in (parts, wanted))
     for name in ("step", "exp_avg", "exp_avg_sq"):
@@ -100,9 +102,9 @@ def test_load_brings_every_part_to_the_state_that_was_saved(last):
 
 def test_load_restores_the_random_numbers(last):
     parts = make_parts()
-    save(last, "abc", parts, CPU)
+    save(last, "abc", parts, CPU, "float32")
     wanted = torch.rand(3)
-    load(last, "abc", parts, CPU)
+    load(last, "abc", parts, CPU, "float32")
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -164,8 +166,90 @@ def test_a_save_that_fails_leaves_the_older_file_and_no_other(last, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        save(last, "abc", make_parts(seed=1), CPU)
+        save(last, "abc", make_parts(seed=1), CPU, "float32")
     parts = make_parts(seed=2)
-    load(last, "abc", parts, CPU)
+    load(last, "abc", parts, CPU, "float32")
     assert torch.equal(parts["model"].weight, make_parts()["model"].weight)
     assert list(last.parent.iterdir()) == [last]
+
+
+def test_a_file_of_another_precision_is_refused_on_both_sides(last, tmp_path):
+    wanted = "was made on cpu in float32, this is cpu in bf16.*same bits"
+    with pytest.raises(RunError, match=wanted):
+        load(last, "abc", make_parts(), CPU, "bf16")
+    save(last, "abc", make_parts(), CPU, "bf16")
+    assert_refused(last, why="was made on cpu in bf16, this is cpu in float32")
+
+
+def test_a_file_from_before_there_were_precisions_is_float32(last):
+    state = torch.load(last, weights_only=True)
+    del state["precision"]
+    torch.save(state, last)
+    load(last, "abc", make_parts(), CPU, "float32")
+    with pytest.raises(RunError, match="made on cpu in float32, this is cpu in bf16"):
+        load(last, "abc", make_parts(), CPU, "bf16")
+
+
+def test_soft_labels_count_as_the_class_with_the_largest_share():
+    tally = Tally()
+    shares = torch.tensor([[0.6, 0.4, 0.0], [0.3, 0.0, 0.7], [0.0, 1.0, 0.0]])
+    tally.add(torch.tensor(1.0), torch.eye(3), shares)
+    assert tally.means() == (1.0, 1 / 3)
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+
+
+def steps(model, count):
+    """Change the weights and the statistics of a model, as training would."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(count):
+        images = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(step))
+        model(images).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.99])
+def test_the_average_is_torchs_with_counters_copied(decay):
+    model = small_network()
+    ours = Average(model, decay)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for step, _ in enumerate(steps(model, 5), start=1):
+        ours.update(model)
+        theirs.update_parameters(model)
+        found, expected = ours.state_dict(), theirs.state_dict()
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            if name.endswith("num_batches_tracked"):
+                assert value == step
+            else:
+                assert torch.equal(value, expected[name]), name
+    assert not any(p.grad is not None for p in ours.parameters())
+
+
+def test_an_average_goes_on_from_a_checkpoint(tmp_path):
+    model = small_network()
+    average, path = Average(model, 0.5), tmp_path / "last.pt"
+    for step, _ in enumerate(steps(model, 4)):
+        average.update(model)
+        if step == 1:
+            save(path, "abc", {"averaged": average}, CPU, "float32")
+            again = Average(small_network(), 0.5)
+            load(path, "abc", {"averaged": again}, CPU, "float32")
+        elif step > 1:
+            again.update(model)
+    for ours, theirs in zip(again.state_dict().values(), average.state_dict().values()):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_average_does_not_wait_for_the_device():
+    # Reading a value of a tensor without values fails.
+    model = small_network().to("meta")
+    average = Average(model, 0.5)
+    for _ in range(3):
+        average.update(model)
+    assert average.n_averaged == 3

@@ -35,6 +35,7 @@ BAD = {
     "clip_norm": [*NOT_NUMBERS, 0],
     "ema": [*NOT_NUMBERS, 0, 1],
     "augment": [None, {"rotate": 5}, "none"],
+    "precision": ["bfloat16", "fp16", 32, None],
     "monitor": ["loss", "train_loss", None],
     "patience": NOT_COUNTS,
     "min_delta": [*NOT_NUMBERS, None],
@@ -48,6 +49,7 @@ VALID = {
     "lr": st.floats(1e-6, 1) | st.just(1e-3) | st.just(1),
     "schedule": st.sampled_from(["constant", "cosine", "linear"]),
     "clip_norm": st.none() | st.floats(0.1, 10),
+    "precision": st.sampled_from(["auto", "float32", "bf16"]),
     "patience": st.none() | st.integers(1, 9),
     "seed": st.integers(0, 2**32 - 1) | st.just(0),
 }

@@ -13,6 +13,7 @@ from sklearn import metrics as sk
 from torch import nn
 
 import labutils as lab
+from labutils import execution
 from labutils.metrics import loss_and_accuracy, score
 
 
@@ -272,3 +273,35 @@ def test_scoring_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         score(*random_case(0, **CASES["one label"]))
+
+
+def test_test_time_flip_is_the_mean_of_two_passes(digits):
+    torch.manual_seed(0)
+    model, split = lab.SimpleCNN(digits.image_shape, 10), digits.test
+    mirrored = lab.Split(split.images.flip(-1), split.labels, split.mean, split.std)
+    plain, mirror = lab.predict(model, split), lab.predict(model, mirrored)
+    both = lab.predict(model, split, tta=True)
+    torch.testing.assert_close(both, (plain + mirror) / 2)
+    assert not torch.equal(plain, both)
+    torch.testing.assert_close(lab.predict(model, mirrored, tta=True), both)
+    assert lab.evaluate(model, split, tta=True) == score(both, split.labels)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_bf16_is_used_where_it_is_computed(digits, monkeypatch, precision):
+    torch.manual_seed(0)
+    model, dtypes = lab.SimpleCNN(digits.image_shape, 10), []
+    model.register_forward_hook(lambda *args: dtypes.append(args[-1].dtype))
+    plain = lab.predict(model, digits.test)
+    for there in (True, False):
+        monkeypatch.setattr(execution, "_computes_bf16", lambda device, there=there: there)
+        logits = lab.predict(model, digits.test, precision=precision)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, plain, rtol=0.05, atol=0.05)
+        assert torch.equal(logits, plain) != there
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_an_unknown_precision_is_refused(model, digits):
+    with pytest.raises(ValueError, match=r"evaluate: precision = 'fp16'\..*'float32' or 'bf16'"):
+        lab.evaluate(model, digits.test, precision="fp16")

@@ -68,6 +68,19 @@ def test_the_results_table_has_a_row_a_model_with_its_numbers(runs):
     assert shown["seeds"] == 3
 
 
+def test_test_time_flip_is_a_column_of_its_own(runs):
+    data, found = runs
+    score = lab.Score(found, data)
+    flipped = [100 * lab.evaluate(run.model, data.test, tta=True).accuracy for run in found]
+    expected = f"{statistics.fmean(flipped):.2f}\u00a0±\u00a0{statistics.stdev(flipped):.2f}"
+    for tta in (True, False):
+        table = lab.results({("ours", "tiny"): score}, tta=tta)
+        assert ("test-time flip (%)" in table) == tta
+    table = lab.results({("ours", "tiny"): score}, tta=True)
+    assert table.loc[("ours", "tiny"), "test-time flip (%)"] == expected
+    assert table.loc[("ours", "tiny"), "accuracy (%)"] != expected
+
+
 def test_references_are_columns_of_the_table(runs):
     data, found = runs
     table = lab.results({("ours", "tiny"): lab.Score(found, data)}, published={"tiny": 69.9})

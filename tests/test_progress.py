@@ -12,7 +12,8 @@ import IPython
 import pytest
 from IPython import display as ipython_display
 
-from labutils.progress import Progress, say, watched
+from labutils import progress
+from labutils.progress import Progress, say, warn, watched
 
 ROW = {
     "epoch": 3,
@@ -210,3 +211,10 @@ def test_the_runs_of_one_cell_share_one_output(train, notebook, monkeypatch):
     say("loaded")
     assert [bundle["text/plain"] for bundle in notebook].count("") == 2
     assert notebook[-1] == {"text/plain": "loaded"}
+
+
+def test_a_warning_is_given_once(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_said", set())
+    for text in ("slow", "odd", "slow"):
+        warn(text)
+    assert capsys.readouterr() == ("slow\nodd\n", "")

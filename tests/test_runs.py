@@ -320,3 +320,17 @@ def test_published_weights_fit_their_models_and_stay_small():
         load_weights(lab.build(card["info"]["model"]), path)
         assert card["test"]
         assert path.stat().st_size < 25e6
+
+
+def test_scores_with_test_time_flip_are_stored_apart(run, data, monkeypatch):
+    plain, flipped = run.test(data), run.test(data, tta=True)
+    assert plain != flipped
+    assert flipped == evaluate(run.model, data.test, tta=True)
+    assert sorted(path.name for path in run.place.glob("test*")) == ["test.json", "test_flip.json"]
+    monkeypatch.delattr("labutils.metrics.evaluate")
+    card = publish(run, weights=False, command="")
+    for _ in range(2):
+        found = find(run.key, make_model())
+        assert (found.test(data), found.test(data, tta=True)) == (plain, flipped)
+        shutil.rmtree(run.place, ignore_errors=True)
+    assert found.place == card

@@ -1,5 +1,6 @@
 """Training: equal to a bare loop, found again, continued with the same bits, clear in failure."""
 
+import functools
 import inspect
 import itertools
 import json
@@ -18,20 +19,21 @@ from torch import nn
 from torch.nn import functional as F
 
 import labutils as lab
-from labutils import checkpoint, runs, training
+from labutils import augmentation, checkpoint, execution, progress, runs, training
 from labutils.keys import run_key
 from labutils.runs import RunError, find, load_weights
 from labutils.tracking import History, Mirror
 
 # 48 images: three batches of 13 and one of 9.
 CONFIG = lab.TrainConfig(epochs=3, batch_size=13, lr=0.01)
+DISTORTION = {"rotate": 10, "translate": 1, "zoom": 0.1}
 EVERYTHING = lab.TrainConfig(
     epochs=3,
     batch_size=13,
     lr=0.01,
     schedule="cosine",
     ema=0.9,
-    augment=lab.Augment(rotate=10, translate=1, zoom=0.1),
+    augment=lab.Augment(**DISTORTION, flip="alternating", crop=1, cutout=2, mixup=0.5),
 )
 TIMING = ("images_per_second", "seconds")
 
@@ -178,6 +180,32 @@ def test_label_smoothing_equals_its_formula(data):
     torch.testing.assert_close(run.model.state_dict(), bare.state_dict(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_mixup_equals_its_formula(data, label_smoothing):
+    shares = iter(augmentation.draw_shares(4, 0.5, "mixup", 0, 0))
+    model, config = make_model(dropout=0.0), with_changes(epochs=1)
+    config = with_changes(config, augment=lab.Augment(mixup=0.5), label_smoothing=label_smoothing)
+    bare, losses, hits = make_model(dropout=0.0), [], 0
+    optimizer = adamw(bare)
+    for x, y in data.train.shuffled(13, seed=0, epoch=0):
+        share, partner = next(shares), y.roll(1)
+        logits = bare(share * x + (1 - share) * x.roll(1, 0))
+        own, other = (
+            F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            for labels in (y, partner)
+        )
+        loss = share * own + (1 - share) * other
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses += [loss.item()] * len(y)
+        hits += int((logits.argmax(1) == (y if share > 0.5 else partner)).sum())
+    run = train(data, config, model)
+    assert run.rows[0]["train_loss"] == pytest.approx(sum(losses) / 48, rel=1e-5)
+    assert run.rows[0]["train_accuracy"] == hits / 48
+    torch.testing.assert_close(model.state_dict(), bare.state_dict(), rtol=1e-3, atol=1e-4)
+
+
 def test_clipping_equals_its_formula(data):
     def clip(moment):
         if moment == "backward":
@@ -227,7 +255,7 @@ def test_averaged_weights_equal_a_hand_computed_average(data):
 @pytest.mark.parametrize(("monitor", "best"), [("val_loss", 2), ("val_accuracy", 1)])
 def test_the_model_ends_with_the_weights_of_the_best_epoch(data, monkeypatch, monitor, best):
     scores = iter([(3.0, 0.8), (1.0, 0.2), (2.0, 0.8)])
-    monkeypatch.setattr(training, "loss_and_accuracy", lambda model, split: next(scores))
+    monkeypatch.setattr(training, "loss_and_accuracy", lambda *_, **__: next(scores))
     model, bare = make_model(), make_model()
     run = train(data, with_changes(monitor=monitor), model)
     assert run.info["best_epoch"] == best
@@ -236,6 +264,105 @@ def test_the_model_ends_with_the_weights_of_the_best_epoch(data, monkeypatch, mo
     stored = make_model()
     load_weights(stored, run.place / "best.safetensors")
     assert same_weights(stored, bare)
+
+
+def make_cnn():
+    torch.manual_seed(0)
+    return lab.CNN((1, 6, 6), 3, widths=[4, 6])
+
+
+@pytest.fixture(params=[True, False])
+def bf16(request, monkeypatch):
+    """Let the processor compute in bf16, or not; where it does not, it emulates it."""
+    monkeypatch.setattr(execution, "_computes_bf16", lambda device: request.param)
+    return request.param
+
+
+def test_a_convolutional_network_equals_a_bare_loop(data):
+    model, bare = make_cnn(), make_cnn().to(memory_format=torch.channels_last)
+    run = train(data, with_changes(epochs=1), model)
+    [(loss, _)] = bare_loop(data, adamw(bare), bare)
+    assert same_weights(model, bare)
+    assert run.rows[0]["train_loss"] == pytest.approx(loss, rel=1e-12)
+    plain = make_cnn()
+    [(loss, _)] = bare_loop(data, adamw(plain), plain)
+    assert run.rows[0]["train_loss"] == pytest.approx(loss, rel=1e-4)
+    stored = make_cnn()
+    load_weights(stored, run.place / "best.safetensors")
+    assert same_weights(stored, model)
+
+
+def test_auto_is_bf16_where_it_is_computed_else_float32(data, bf16, capsys):
+    auto = train(data, with_changes(precision="auto"), make_cnn(), progress=True)
+    assert auto.info["precision"] == ("bf16" if bf16 else "float32")
+    assert capsys.readouterr() == ("", "")
+    plain = train(data, CONFIG, make_cnn())
+    assert plain.info["precision"] == "float32"
+    assert plain.key != auto.key
+    assert (without_timing(plain) == without_timing(auto)) != bf16
+    assert auto.rows[0]["train_loss"] == pytest.approx(plain.rows[0]["train_loss"], rel=0.05)
+    # Scored in the precision of its training, whoever asks.
+    expected = lab.evaluate(auto.model, data.test, precision=auto.info["precision"])
+    assert auto.test(data) == expected
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_an_interrupted_convolutional_network_goes_on_with_the_same_bits(data, bf16, step):
+    config = with_changes(EVERYTHING, precision="auto", optimizer="sgd")
+    run = train(data, config, on_forward(make_cnn(), step, interrupt))
+    assert run.stop_reason == "interrupted"
+    run = train(data, config, make_cnn())
+    assert_same_run(run, train(data, config, make_cnn(), retrain=True))
+
+
+def test_bf16_is_not_emulated_and_this_is_said_once(data, bf16, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_said", set())
+    runs = [
+        train(data, with_changes(precision="bf16", seed=seed), make_cnn(), progress=seed > 0)
+        for seed in range(3)
+    ]
+    said = capsys.readouterr().out
+    line = f"{runs[0].info['device']} does not compute in bf16: trained in float32\n"
+    assert said == ("" if bf16 else line)
+    for run in runs:
+        assert run.info["precision"] == ("bf16" if bf16 else "float32")
+        assert (line in (run.place / "train.log").read_text()) != bf16
+
+
+def test_a_run_does_not_change_its_precision_on_the_way(data, monkeypatch):
+    config = with_changes(precision="auto")
+    monkeypatch.setattr(execution, "_computes_bf16", lambda device: False)
+    train(data, config, on_forward(make_cnn(), 6, interrupt))
+    monkeypatch.setattr(execution, "_computes_bf16", lambda device: True)
+    with pytest.raises(RunError, match="made on cpu in float32, this is cpu in bf16"):
+        train(data, config, make_cnn())
+
+
+def test_compiling_is_no_part_of_the_key_or_the_weights(data, monkeypatch):
+    # The compiler itself takes too long for a test; what is compiled for it does not.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    config = with_changes(epochs=1, ema=0.9)
+    run = train(data, config, compile=True)
+    assert run.info["compiled"]
+    assert list(run.model.state_dict()) == list(make_model().state_dict())
+    assert train(data, config).stored
+    again = train(data, config, retrain=True)
+    assert not again.info["compiled"]
+    torch.testing.assert_close(again.model.state_dict(), run.model.state_dict())
+
+
+def test_what_cannot_be_compiled_is_trained_without_and_this_is_said(data, monkeypatch, capsys):
+    def fail(model, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(progress, "_said", set())
+    run = train(data, compile=True, progress=True)
+    said = "torch.compile fails here (no compiler): trained without it\n"
+    assert capsys.readouterr().out == said
+    assert said in (run.place / "train.log").read_text()
+    assert not run.info["compiled"]
+    assert_same_run(run, train(data, retrain=True))
 
 
 def test_a_model_that_is_frozen_in_part_trains_the_rest(data):
@@ -637,19 +764,6 @@ def test_images_that_the_model_cannot_take_are_named(data):
         train(data, model=lab.MLP(784, [8], 3))
 
 
-def test_a_convolution_is_not_kept_to_one_thread():
-    linear, conv = lab.MLP(36, [8], 3), nn.Conv2d(1, 2, 3)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for model, threads in ((linear, 1), (conv, 2), (lab.MLP(784, [600, 600], 10), 2)):
-            with training._threads(model, 128, torch.device("cpu")):
-                assert torch.get_num_threads() == threads
-            assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_a_wrong_number_of_outputs_is_refused_before_training(data, tmp_path):
     with pytest.raises(ValueError, match=r"4 outputs, the data 3 classes.*num_classes=3"):
         train(data, model=lab.MLP(36, [8], 4))
@@ -683,6 +797,10 @@ def all_frozen():
     ("arguments", "wanted"),
     [
         ({"config": with_changes(batch_size=49)}, r"batch_size = 49 .*48 images.*at most 48"),
+        (
+            {"config": with_changes(augment=lab.Augment(crop=6))},
+            "crop = 6 with images of 6x6 pixels: .* at most 5",
+        ),
         ({"config": {"epochs": 3}}, r"config = \{'epochs': 3\} is no labutils.TrainConfig"),
         ({"config": lab.TrainConfig}, "config = .* is no labutils.TrainConfig"),
         ({"model": "MLP"}, "model = 'MLP' is no torch.nn.Module"),
