@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "config": ["Augment", "TrainConfig", "images_dir", "resolve_device", "seed_everything"],
+    "recipes": ["recipe"],
     "synthetic": ["generate"],
     "sources": ["DataError"],
     "data": ["ImageData", "Split", "load_data"],
