@@ -1,12 +1,14 @@
 """How much the training loop costs: images a second of labutils.train against two yardsticks.
 
-    python benchmarks/loop.py             the table of benchmarks/README.md
+    python benchmarks/loop.py             the tables of benchmarks/README.md
     python benchmarks/loop.py --repeats 9 more repeats, steadier ratios
 
 (a) a bare hand-written loop over the same resident tensors; (b) the usual recipe: a torchvision
 data set, ToTensor and Normalize, a DataLoader with two workers, .item() in every step. All train
-the MLP 64-64 with Adam at batch 128 on MNIST-shaped noise on the CPU. The contestants take turns,
-and ratios are formed within a turn, because the speed of a shared machine drifts.
+with Adam at batch 128 on MNIST-shaped noise on the CPU: the MLP 64-64, and a residual MLP of 100
+layers, of which (b) is left out because there the network takes nearly all of the time. The
+contestants take turns, and ratios are formed within a turn, because the speed of a shared machine
+drifts.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import statistics
 import struct
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,21 +54,22 @@ def make_data() -> lab.ImageData:
     return lab.load_data("mnist", val_size=100, device="cpu")
 
 
-def make_model(seed: int) -> lab.MLP:
-    lab.seed_everything(seed)
+def make_mlp() -> nn.Module:
     return lab.MLP(784, [64, 64], 10)
 
 
-def with_labutils(data: lab.ImageData, turn: int) -> float:
+def make_deep() -> nn.Module:
+    return lab.ResidualMLP(784, [64] * 100, 10)
+
+
+def with_labutils(data: lab.ImageData, model: nn.Module, turn: int) -> float:
     config = lab.TrainConfig(epochs=1, batch_size=BATCH, optimizer="adam", seed=turn)
-    run = lab.train(
-        make_model(turn), data, config, name="loop", retrain=True, progress=False, track=None
-    )
+    run = lab.train(model, data, config, name="loop", retrain=True, progress=False, track=None)
     return run.rows[0]["images_per_second"]
 
 
-def bare_loop(data: lab.ImageData, turn: int) -> float:
-    model, split = make_model(turn), data.train
+def bare_loop(data: lab.ImageData, model: nn.Module, turn: int) -> float:
+    split = data.train
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     started = time.perf_counter()
     for index in torch.randperm(len(split)).split(BATCH):
@@ -77,8 +81,7 @@ def bare_loop(data: lab.ImageData, turn: int) -> float:
     return len(split) / (time.perf_counter() - started)
 
 
-def usual_recipe(data: lab.ImageData, turn: int) -> float:
-    model = make_model(turn)
+def usual_recipe(data: lab.ImageData, model: nn.Module, turn: int) -> float:
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
     pictures = datasets.MNIST(os.environ["LABUTILS_DATA"], transform=transform)
     loader = torch.utils.data.DataLoader(pictures, batch_size=BATCH, shuffle=True, num_workers=2)
@@ -94,30 +97,41 @@ def usual_recipe(data: lab.ImageData, turn: int) -> float:
     return len(pictures) / (time.perf_counter() - started)
 
 
+CONTESTANTS = {
+    "labutils.train": with_labutils,
+    "bare loop": bare_loop,
+    "usual recipe": usual_recipe,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="turns of every contestant")
     repeats = parser.parse_args().repeats
     data = make_data()
-    contestants = {
-        "labutils.train": with_labutils,
-        "bare loop": bare_loop,
-        "usual recipe": usual_recipe,
-    }
-    for contestant in contestants.values():
-        contestant(data, 0)
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats):
-        for name, contestant in contestants.items():
-            speeds[name].append(contestant(data, turn))
     print(
-        f"MLP 64-64, {IMAGES:,} images of 28x28, batch {BATCH}, Adam; median of {repeats} epochs; "
+        f"{IMAGES:,} images of 28x28, batch {BATCH}, Adam; median of {repeats} epochs; "
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}\n"
     )
-    print("| | images/s | labutils.train is faster by |\n|---|---|---|")
-    for name, values in speeds.items():
-        ratio = statistics.median(a / b for a, b in zip(speeds["labutils.train"], values))
-        print(f"| {name} | {statistics.median(values):,.0f} | × {ratio:.2f} |")
+    print("| network | | images/s | labutils.train is faster by |\n|---|---|---|---|")
+    compare("MLP 64-64", make_mlp, list(CONTESTANTS), data, repeats)
+    compare("residual, 100 layers", make_deep, ["labutils.train", "bare loop"], data, repeats)
+
+
+def compare(
+    network: str, make: Callable, names: list[str], data: lab.ImageData, repeats: int
+) -> None:
+    """Print a row for each contestant; the first turn warms up and does not count."""
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats + 1):
+        for name, found in speeds.items():
+            lab.seed_everything(turn)
+            found.append(CONTESTANTS[name](data, make(), turn))
+    ours, *_ = (values[1:] for values in speeds.values())
+    for name, (_, *values) in speeds.items():
+        ratio = statistics.median(a / b for a, b in zip(ours, values))
+        speed = statistics.median(values)
+        print(f"| {network} | {name} | {speed:,.0f} | × {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: python -m labutils run | data | results."""
+"""The command line: python -m labutils run | sweep | data | results."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ examples:
   python -m labutils run all --store                   refresh the outputs stored in notebooks/
 A claim that fails in the quick profile, with no parameter changed, makes the command fail."""
 
+SWEEP_EXAMPLES = """\
+examples:
+  python -m labutils sweep 1.1 -p seed 0,1,2                    a run for each value of `seeds`
+  python -m labutils sweep 1.1 -p lr 0.003,0.01,0.03 -p seed 0,1,2 --jobs 3
+                                                                nine runs, three at a time
+  python -m labutils sweep 1.1 -p grid_widths "[3, 10],[64]"    values are YAML, here two lists
+  python -m labutils sweep 1.1 --profile full -p epochs 20,40   the rest as in the full profile
+Every run is a process and leaves its notebook in build/sweeps/; a table of all is printed at the
+end. The same command again does only what is missing: failed, stopped, or changed since."""
+
 DATA_EXAMPLES = """\
 examples:
   python -m labutils data                              what is known, and where it is looked for
@@ -34,7 +44,10 @@ example:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 1 after an error or a failed claim."""
+    """Run one command; returns the exit status: 0, or 1 after an error or a failed claim.
+
+    A sweep that is stopped returns 128 and the number of the signal, as shells do.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m labutils", description="Run notebooks, look after data, collect results."
     )
@@ -52,6 +65,24 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument("--store", action="store_true", help="write into notebooks/ itself")
     run.set_defaults(action=_run)
 
+    sweep = commands.add_parser(
+        "sweep", help="run a notebook with many parameters", epilog=SWEEP_EXAMPLES, **shared
+    )
+    sweep.add_argument("notebook", help="number (1.1) or name")
+    sweep.add_argument("--profile", choices=["quick", "full"], default="quick")
+    sweep.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("NAME", "VALUES"),
+        help="a parameter and its values, commas between; more than once: all combinations",
+    )
+    sweep.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    sweep.add_argument("--out", type=Path, help="folder (default: build/sweeps/NOTEBOOK/)")
+    sweep.set_defaults(action=_sweep)
+
     epilog = DATA_EXAMPLES.format(folder=data_dir())
     data = commands.add_parser("data", help="find, fetch and check data", epilog=epilog, **shared)
     data.add_argument("names", nargs="*", metavar="NAME")
@@ -65,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return parsed.action(parsed)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 
@@ -97,6 +128,20 @@ def _run(parsed: argparse.Namespace) -> int:
         print(outcome, flush=True)
         failures += bool(outcome.failed) and not full and not given
     return int(failures > 0)
+
+
+def _sweep(parsed: argparse.Namespace) -> int:
+    from . import batch, sweep
+
+    notebooks = batch.find_notebooks(parsed.notebook)
+    if parsed.notebook == "all" or len(notebooks) > 1:
+        raise ValueError(
+            f"sweep: {parsed.notebook!r} may be more than one notebook. Give one: "
+            f"{', '.join(path.stem for path in notebooks)}."
+        )
+    full = parsed.profile == "full"
+    points = sweep.grid(notebooks[0], parsed.parameter, full=full, out=parsed.out)
+    return sweep.run(points, jobs=parsed.jobs)
 
 
 def _data(parsed: argparse.Namespace) -> int:

@@ -37,6 +37,11 @@ class Outcome:
     claims: list[dict[str, Any]]
     headline: str
 
+    @classmethod
+    def of(cls, notebook: str, seconds: float, said: Mapping[str, Any]) -> Outcome:
+        """said: what its Claims hold, as `reported` finds it."""
+        return cls(notebook, seconds, said.get("rows", []), said.get("headline", ""))
+
     @property
     def failed(self) -> list[dict[str, Any]]:
         return [claim for claim in self.claims if not claim["holds"]]
@@ -88,24 +93,39 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]
 
     Raises NotebookError naming the parameter and those that the notebook has.
     """
-    known, values = parameters_of(notebook), dict(given)
+    known, values = parameters_of(notebook), {}
     for name, value in given.items():
         if name not in known:
             raise NotebookError(
                 f"run: {notebook.stem} has no parameter {name!r}.{suggestion(name, known)} "
                 f"It has: {', '.join(known)}."
             )
-        kind = type(known[name])
-        if kind is float and isinstance(value, str) and FLOAT.fullmatch(value):
-            value = values[name] = float(value)  # YAML takes 1e-3 for text
-        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        if not fits and not (kind is float and type(value) is int):
+        try:
+            values[name] = _fit(value, known[name])
+        except TypeError:
+            kind = type(known[name])
             wanted = KIND_NAMES.get(kind, f"a {kind.__name__}")
+            if kind is list and isinstance(value, list):
+                wanted += f", every item {KIND_NAMES.get(type(known[name][0]), 'a list')}"
             raise NotebookError(
                 f"run: {notebook.stem}: {name} = {value!r}. Give {wanted}, like its default "
                 f"{known[name]!r}."
-            )
+            ) from None
     return values
+
+
+def _fit(value: Any, like: Any) -> Any:
+    """The value as the kind of like, and items of a list as its items; TypeError if it is not."""
+    kind = type(like)
+    if kind is float and (
+        type(value) is int or (isinstance(value, str) and FLOAT.fullmatch(value))
+    ):
+        return float(value)  # YAML takes 1e-3 for text
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise TypeError
+    if kind is list and len({type(item) for item in like}) == 1:
+        return [_fit(item, like[0]) for item in value]
+    return value
 
 
 def full_parameters(notebook: Path) -> dict[str, Any]:
@@ -116,18 +136,27 @@ def full_parameters(notebook: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> Outcome:
+def run_notebook(
+    notebook: Path,
+    output: Path,
+    parameters: Mapping[str, Any],
+    *,
+    failed: Path | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Outcome:
     """Execute a notebook into output, which is replaced only when every cell ran.
 
-    Raises NotebookError for parameters that do not fit, or if a cell fails; what ran is then kept
-    in build/failed/.
+    failed: where to keep what ran when a cell fails; default: build/failed/. metadata: added to
+    that of the output.
+    Raises NotebookError for parameters that do not fit, or if a cell fails.
     """
     import papermill
     from traitlets.config import Config
 
     parameters = check_parameters(notebook, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
-    failed = project_dir() / "build" / "failed" / output.name
+    failed = failed or project_dir() / "build" / "failed" / output.name
+    failed.unlink(missing_ok=True)
     # A kernel below a JupyterLab terminal would otherwise believe that somebody watches it.
     watched = os.environ.pop("JPY_SESSION_NAME", None)
     started = time.monotonic()
@@ -153,16 +182,10 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
             if watched is not None:
                 os.environ["JPY_SESSION_NAME"] = watched
         finished = clean(nbformat.read(draft, as_version=4))
+    finished.metadata.update(metadata or {})
     with atomic_write(output) as file:
         file.write(nbformat.writes(finished).encode() + b"\n")
-    failed.unlink(missing_ok=True)
-    said = reported(finished)
-    return Outcome(
-        notebook=notebook.stem,
-        seconds=time.monotonic() - started,
-        claims=said.get("rows", []),
-        headline=said.get("headline", ""),
-    )
+    return Outcome.of(notebook.stem, time.monotonic() - started, reported(finished))
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -195,7 +218,9 @@ def collect(folder: Path) -> list[dict[str, Any]]:
         number = path.stem.partition("_")[0]
         command = f"python -m labutils run {number} --profile full -p retrain true"
         for row in said.get("headline_rows", []):
-            rows.append({**row, "command": command, "report": f"{folder.name}/{path.name}"})
+            if row.get("headline", True):
+                row = {name: row[name] for name in row if name not in ("values", "headline")}
+                rows.append({**row, "command": command, "report": f"{folder.name}/{path.name}"})
     return rows
 
 

@@ -102,7 +102,7 @@ def gradient_norms(model: nn.Module, batch: Batch, loss: Loss = F.cross_entropy)
         if name in owned:
             kinds[name] = type(layer).__name__
             # A hook on the tensor still sees its gradient if the next layer works in place.
-            output.register_hook(lambda grad: outputs.update({name: float(grad.norm())}))
+            output.register_hook(lambda grad: outputs.update({name: _norm([grad])}))
 
     images, labels = batch
     with _rehearsal(model), torch.enable_grad():
@@ -118,12 +118,18 @@ def gradient_norms(model: nn.Module, batch: Batch, loss: Loss = F.cross_entropy)
     rows = {
         name: {
             "kind": kind,
-            "parameters": float(torch.stack([grads[p].norm() for p in owned[name]]).norm()),
+            "parameters": _norm([grads[p] for p in owned[name]]),
             "output": outputs.get(name, 0.0),
         }
         for name, kind in kinds.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+
+
+def _norm(grads: Sequence[Tensor]) -> float:
+    """Their norm together; in float64, where the square of what hardly arrives is not yet 0."""
+    flat = torch.cat([grad.detach().flatten().cpu() for grad in grads])
+    return float(flat.double().norm())
 
 
 def activation_stats(model: nn.Module, batch: Batch) -> pd.DataFrame:

@@ -136,8 +136,12 @@ class Claims:
         model: str,
         published: float | None = None,
         target: float | None = None,
+        headline: bool = True,
     ) -> None:
-        """Add a headline row: test accuracy of a model over its seeds, in percent."""
+        """Add a row of results: test accuracy of a model over its seeds, in percent.
+
+        headline: whether the tables of all exercises show it too, or only that of a sweep.
+        """
         run = score.runs[0]
         self.headline_rows.append(
             {
@@ -149,11 +153,13 @@ class Claims:
                 "mean": round(score.mean(), 3),
                 "std": round(score.std(), 3),
                 "n": len(score.runs),
+                "values": [round(value, 3) for value in score.values("accuracy")],
                 "published": published,
                 "target": target,
                 "params": run.info["parameters"],
                 "seconds": round(score.mean("seconds"), 1),
                 "device": run.info["device"],
+                "headline": headline,
             }
         )
 

@@ -66,6 +66,19 @@ def test_a_failing_cell_is_named_and_the_earlier_output_stays(make_notebook, pro
     assert list(output.parent.iterdir()) == [output]
 
 
+def test_an_output_can_carry_a_mark_and_failures_a_name_of_their_own(make_notebook, project):
+    output, failed = project / "build" / "out.ipynb", project / "kept" / "mine.ipynb"
+    path = make_notebook("1 / fast")
+    options = {"failed": failed, "metadata": {"labutils": {"sweep": "abc"}}}
+    with pytest.raises(batch.NotebookError, match=f"What ran is in {failed}"):
+        batch.run_notebook(path, output, {"fast": False}, **options)
+    assert failed.exists()
+    assert not output.exists()
+    batch.run_notebook(path, output, {}, **options)
+    assert nbformat.read(output, 4).metadata["labutils"] == {"sweep": "abc"}
+    assert not failed.exists()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -76,6 +89,8 @@ def test_a_failing_cell_is_named_and_the_earlier_output_stays(make_notebook, pro
         ({"fast": 1}, r"fast = 1\. Give true or false"),
         ({"lr": "0.1"}, r"lr = '0\.1'\. Give a number"),
         ({"widths": "(1, 2)"}, r"widths = '\(1, 2\)'\. Give a list, like its default \[1, 2\]"),
+        ({"widths": [3, "4"]}, r"widths = \[3, '4'\]\. Give a list, every item a whole number"),
+        ({"widths": [3, True]}, r"widths = \[3, True\]\. Give a list, every item a whole number"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused_before_anything_runs(
@@ -90,6 +105,15 @@ def test_parameters_that_do_not_fit_are_refused_before_anything_runs(
 def test_a_whole_number_and_an_exponent_are_good_enough_for_a_number(make_notebook):
     assert batch.check_parameters(make_notebook(), {"lr": 1}) == {"lr": 1}
     assert batch.check_parameters(make_notebook(), {"lr": "1e-3"}) == {"lr": 0.001}
+
+
+def test_items_of_a_list_are_of_the_kind_of_its_default_where_that_is_one(make_notebook, project):
+    path = make_notebook()
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source = "rates = [0.1]\nempty = []\nmixed = [1, 'a']"
+    nbformat.write(notebook, path)
+    given = {"rates": [1, "1e-3", 0.5], "empty": ["a"], "mixed": [None]}
+    assert batch.check_parameters(path, given) == {**given, "rates": [1.0, 0.001, 0.5]}
 
 
 def test_notebooks_are_found_by_number_name_and_all(make_notebook):
@@ -151,6 +175,14 @@ def test_results_are_rebuilt_from_the_reports_alone(project):
     assert "old" not in readme
     assert "**81.23** ± 0.50 | 3 | 69.92 | 79 reached | 12,345" in readme
     assert "**94.00** ± 0.50 | 3 | – | 94.5 **missed**" in readme
+
+
+def test_rows_for_sweeps_alone_and_single_values_stay_out_of_the_results(project):
+    shown = row(values=[80.0, 81.0, 82.0], headline=True)
+    write_report(project, [shown, row(model="mlp-depth2", values=[50.0], headline=False)])
+    [found] = batch.collect(project / "reports")
+    assert found["model"] == "mlp-3"
+    assert set(found) == {*row(), "command", "report"}
 
 
 def test_a_readme_without_markers_is_left_alone(project):

@@ -173,6 +173,14 @@ def test_a_loss_of_your_own_is_followed_and_a_layer_after_it_works_in_place():
     assert table.output.item() == pytest.approx(float(active.norm()), rel=1e-5)
 
 
+def test_a_gradient_that_hardly_arrives_is_measured_all_the_same():
+    model = nn.Sequential(nn.Linear(100, 900, bias=False), nn.Linear(900, 1, bias=False))
+    nn.init.constant_(model[1].weight, 1e-30)
+    table = lab.gradient_norms(model, (torch.ones(1, 100), None), lambda logits, _: logits.sum())
+    assert table.output["0"] == pytest.approx(30e-30, rel=1e-5, abs=0)
+    assert table.parameters["0"] == pytest.approx(300e-30, rel=1e-5, abs=0)
+
+
 def test_frozen_layers_have_no_row_and_layers_out_of_use_neither():
     model = make()
     model[1].requires_grad_(False)
@@ -187,9 +195,9 @@ def test_activation_stats_are_those_of_the_outputs():
     hidden = model[:3](images)
     row = lab.activation_stats(model, batch()).loc["2"]
     assert row.kind == "ReLU"
-    assert row["mean"] == pytest.approx(float(hidden.mean()))
-    assert row.rms == pytest.approx(float(hidden.pow(2).mean().sqrt()))
-    assert row.spread == pytest.approx(float((hidden - hidden.mean(0)).pow(2).mean().sqrt()))
+    assert row["mean"] == pytest.approx(hidden.mean().item())
+    assert row.rms == pytest.approx(hidden.pow(2).mean().sqrt().item())
+    assert row.spread == pytest.approx((hidden - hidden.mean(0)).pow(2).mean().sqrt().item())
     assert row.zeros == pytest.approx(float((hidden == 0).float().mean()))
 
 

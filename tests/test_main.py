@@ -91,7 +91,7 @@ def test_errors_are_one_message_without_a_traceback(capsys):
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("command", ["run", "data", "results"])
+@pytest.mark.parametrize("command", ["run", "sweep", "data", "results"])
 def test_help_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

@@ -116,4 +116,8 @@ def test_a_recorded_score_becomes_a_headline_row(runs):
     row = claims._repr_mimebundle_()[MEDIA_TYPE]["headline_rows"][0]
     assert row["mean"] == pytest.approx(lab.Score(found, data).mean(), abs=1e-3)
     assert (row["n"], row["dataset"], row["params"]) == (3, "digits", 610)
-    assert (row["published"], row["target"]) == (50, 60)
+    assert (row["published"], row["target"], row["headline"]) == (50, 60, True)
+    values = lab.Score(found, data).values("accuracy")
+    assert row["values"] == [pytest.approx(value, abs=1e-3) for value in values]
+    claims.record(lab.Score(found, data), model="tiny", headline=False)
+    assert [row["headline"] for row in claims.headline_rows] == [True, False]
