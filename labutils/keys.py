@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import convnets, fastnet, models  # noqa: F401 (the first two register their networks)
+from . import models
 from .config import TrainConfig, digest
 from .data import ImageData
 
@@ -21,6 +21,9 @@ def build(spec: dict[str, Any]) -> nn.Module:
 
     Raises ValueError for a name that is not registered.
     """
+    # They register their networks, and torchvision, which they need, takes a second to import.
+    from . import convnets, fastnet  # noqa: F401
+
     arguments = dict(spec)
     name = arguments.pop("model")
     if name not in models.MODELS:
