@@ -50,6 +50,7 @@ store: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/threads.py
+	$(BIN)/python benchmarks/synthetic.py
 	$(BIN)/python benchmarks/time_to_accuracy.py
 
 lint: .venv/ready
