@@ -51,6 +51,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/synthetic.py
+	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/time_to_accuracy.py
 
 lint: .venv/ready
