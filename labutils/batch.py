@@ -151,6 +151,7 @@ def run_notebook(
     Raises NotebookError for parameters that do not fit, or if a cell fails.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     parameters = check_parameters(notebook, parameters)
@@ -177,6 +178,11 @@ def run_notebook(
             raise NotebookError(
                 f"run: {notebook.stem} failed in cell {error.exec_count}: {error.ename}: "
                 f"{error.evalue}\nWhat ran is in {failed}; {output.name} is as it was."
+            ) from None
+        except DeadKernelError:
+            raise NotebookError(
+                f"run: {notebook.stem}: its kernel died, as it does when memory runs out or "
+                f"compiled code crashes. Try a smaller batch_size; {output.name} is as it was."
             ) from None
         finally:
             if watched is not None:

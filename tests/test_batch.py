@@ -66,6 +66,14 @@ def test_a_failing_cell_is_named_and_the_earlier_output_stays(make_notebook, pro
     assert list(output.parent.iterdir()) == [output]
 
 
+def test_a_kernel_that_dies_is_an_error_like_others(make_notebook, project):
+    output = project / "reports" / "1.1_demo.ipynb"
+    output.write_text("the earlier report")
+    with pytest.raises(batch.NotebookError, match=r"1\.1_demo: its kernel died.*batch_size"):
+        batch.run_notebook(make_notebook("import os; os._exit(1)"), output, {})
+    assert output.read_text() == "the earlier report"
+
+
 def test_an_output_can_carry_a_mark_and_failures_a_name_of_their_own(make_notebook, project):
     output, failed = project / "build" / "out.ipynb", project / "kept" / "mine.ipynb"
     path = make_notebook("1 / fast")
