@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import reason
-from .models import evaluating
+from .models import evaluating, in_mode
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,15 +61,12 @@ def _rehearsal(model: nn.Module) -> Iterator[None]:
 
     Modes, buffers (the statistics of batch norm) and the random state come back.
     """
-    modes = {part: part.training for part in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model.train()
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices), in_mode(model, training=True):
         try:
             yield
         finally:
-            for part, mode in modes.items():
-                part.training = mode
             for name, buffer in model.named_buffers():
                 buffer.data.copy_(buffers[name])
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -48,15 +48,20 @@ def _json(value: Any) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside of the block; each part's own mode again after it."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode inside of the block; each part's own mode again after it."""
     modes = {part: part.training for part in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Evaluation mode inside of the block; each part's own mode again after it."""
+    return in_mode(model, training=False)
 
 
 def num_parameters(model: nn.Module) -> int:
