@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, conv1x1
 
+from . import models
 from .config import Fraction, PositiveInt, check, suggestion
 from .models import register
 
@@ -283,12 +284,7 @@ def _layer(index: int, given: Any) -> dict[str, int]:
 
 def check_arguments(owner: str, arguments: dict[str, Any], **options: Any) -> None:
     """Check what every network takes, and the options whose kinds are given."""
-    kinds = {"image_shape": ImageShape, "num_classes": Annotated[int, Field(ge=2)], **options}
-    values = {
-        name: list(arguments[name]) if isinstance(arguments[name], tuple) else arguments[name]
-        for name in kinds
-    }
-    check(owner, kinds, values)
+    models.check_arguments(owner, arguments, image_shape=ImageShape, **options)
 
 
 def require_size(owner: str, image_shape: Sizes, smallest: int) -> None:

@@ -101,7 +101,7 @@ class MLP(_Layers):
         batch_norm: bool = False,
         init: str = "torch",
     ) -> None:
-        widths = _check_perceptron("MLP", locals())
+        widths = _check_perceptron("MLP", locals(), init=Literal["torch", "he"])
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise([in_features, *widths]):
             layers += [*_linear(inputs, outputs, batch_norm, init), nn.ReLU()]
@@ -175,22 +175,21 @@ class ResidualMLP(_Layers):
         super().__init__(*layers, nn.Linear(widths[-1], num_classes))
 
 
+def check_arguments(owner: str, arguments: dict[str, Any], **kinds: Any) -> dict[str, Any]:
+    """Check num_classes and the arguments whose kinds are given; tuples count as lists."""
+    kinds = {"num_classes": Annotated[int, Field(ge=2)], **kinds}
+    values = {
+        name: list(arguments[name]) if isinstance(arguments[name], tuple) else arguments[name]
+        for name in kinds
+    }
+    return check(owner, kinds, values)
+
+
 def _check_perceptron(owner: str, arguments: dict[str, Any], **more: Any) -> list[int]:
     """The widths of the hidden layers, after all arguments were checked."""
-    hidden = arguments["hidden"]
-    widths = list(hidden) if isinstance(hidden, tuple) else hidden
-    kinds = {
-        "in_features": PositiveInt,
-        "hidden": list[PositiveInt],
-        "num_classes": Annotated[int, Field(ge=2)],
-        "dropout": Fraction,
-        "batch_norm": bool,
-        "init": Literal["torch", "he"],
-        **more,
-    }
-    kinds = {name: kind for name, kind in kinds.items() if name in arguments}
-    check(owner, kinds, {**arguments, "hidden": widths})
-    return widths
+    kinds = {"in_features": PositiveInt, "hidden": list[PositiveInt]}
+    kinds |= {"dropout": Fraction, "batch_norm": bool, **more}
+    return check_arguments(owner, arguments, **kinds)["hidden"]
 
 
 def _linear(inputs: int, outputs: int, batch_norm: bool, init: str = "torch") -> list[nn.Module]:
