@@ -201,7 +201,8 @@ def load_data(
         source has a val split beside its test split.
     subset: fraction of the remaining training images to keep, with equal class shares.
     seed: fixes which images go where; the cut is the same on every machine.
-    image_size: side in pixels, for folder:PATH and imagenette.
+    image_size: side in pixels, for folder:PATH, imagenette and, where it divides the side that they
+        are drawn with, the generated sets.
     Raises ValueError for bad arguments, DataError for missing or damaged data.
     """
     kinds = {"name": str, "val_size": float, "subset": float, "seed": Seed}

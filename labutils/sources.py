@@ -88,21 +88,22 @@ EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 def read(name: str, *, image_size: int | None = None) -> Raw:
     """Find a data set by name: embedded, an npz file, torchvision's files, torchvision's download.
 
-    image_size: side in pixels for `folder:PATH` (default 64) and imagenette (default 128).
+    image_size: side in pixels for `folder:PATH` (default 64), imagenette (default 128) and the
+        generated sets, where it has to divide the side that they are drawn with.
     Raises ValueError for an unknown name, DataError for missing or damaged data.
     """
-    takes_size = name == "imagenette" or name.startswith("folder:")
+    takes_size = name in ("imagenette", *SETS) or name.startswith("folder:")
     if image_size is not None and not takes_size:
         raise ValueError(
             f"load_data: image_size = {image_size!r} has no effect on {name!r}. "
-            "It is for imagenette and folder:PATH; leave it out."
+            f"It is for imagenette, {', '.join(SETS)} and folder:PATH; leave it out."
         )
     if image_size is not None:
         check("load_data", {"image_size": PositiveInt}, {"image_size": image_size})
     if name == "digits":
         return _digits()
     if name in SETS:
-        return _generated(name)
+        return _generated(name, image_size or SETS[name].side)
     if name.startswith("folder:"):
         return _folder(
             project_dir() / Path(name.removeprefix("folder:")).expanduser(), image_size or 64
@@ -147,7 +148,14 @@ def _digits() -> Raw:
     )
 
 
-def _generated(name: str) -> Raw:
+def _generated(name: str, size: int) -> Raw:
+    side = SETS[name].side
+    if side % size:
+        allowed = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
+        raise ValueError(
+            f"load_data: image_size = {size} does not divide the {side} pixels that {name} is "
+            f"drawn with. Choose one of {allowed}."
+        )
     train, test = (
         generate(name, count, seed)
         for seed, count in enumerate((SETS[name].train, SETS[name].test))
@@ -155,9 +163,20 @@ def _generated(name: str) -> Raw:
     return Raw(
         "labutils.synthetic",
         class_names(name),
-        (train.images, train.labels),
-        (test.images, test.labels),
+        (_shrunk(train.images, side // size), train.labels),
+        (_shrunk(test.images, side // size), test.labels),
     )
+
+
+def _shrunk(images: np.ndarray, factor: int) -> np.ndarray:
+    """The mean of each square of factor x factor pixels: uint8 [N, C, H, W], rounded half up."""
+    if factor == 1:
+        return images
+    count, channels, height, width = images.shape
+    blocks = images.reshape(count, channels, height // factor, factor, width // factor, factor)
+    area = factor**2
+    # In whole numbers, so that the bytes are the same on every machine.
+    return ((blocks.sum(axis=(3, 5), dtype=np.uint32) + area // 2) // area).astype(np.uint8)
 
 
 def _npz(path: Path, name: str) -> Raw:

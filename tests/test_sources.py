@@ -14,7 +14,9 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 from torchvision import datasets
 
 from labutils import sources, synthetic
@@ -520,7 +522,30 @@ def test_a_bad_image_size_is_refused(size):
         sources.read("folder:somewhere", image_size=size)
 
 
-@pytest.mark.parametrize("name", ["digits", "shapes10", "scenes10", "mnist", "other"])
+@pytest.mark.parametrize(("name", "size"), [("shapes10", 16), ("shapes100", 4), ("scenes10", 48)])
+def test_generated_images_shrink_to_the_mean_of_their_pixels(name, size, monkeypatch):
+    spec = dataclasses.replace(synthetic.SETS[name], train=20, test=10)
+    monkeypatch.setitem(synthetic.SETS, name, spec)
+    whole, small = sources.read(name), sources.read(name, image_size=size)
+    side, factor = spec.side, spec.side // size
+    pairs = zip((whole.train, whole.test), (small.train, small.test))
+    for (images, labels), (shrunk, same) in pairs:
+        assert (shrunk.dtype, shrunk.shape) == (np.uint8, (len(images), 3, size, size))
+        oracle = F.avg_pool2d(torch.from_numpy(images).double(), factor)
+        # Halves go up, where torch would round them to even.
+        np.testing.assert_array_equal(shrunk, (oracle + 0.5).floor().numpy())
+        np.testing.assert_array_equal(labels, same)
+    np.testing.assert_array_equal(sources.read(name, image_size=side).train[0], whole.train[0])
+
+
+@pytest.mark.parametrize("size", [5, 64])
+def test_a_size_that_generated_images_cannot_shrink_to_is_refused(size):
+    wanted = f"image_size = {size} does not divide the 32 pixels .*one of 1, 2, 4, 8, 16, 32"
+    with pytest.raises(ValueError, match=wanted):
+        sources.read("shapes10", image_size=size)
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "other"])
 def test_image_size_is_refused_where_it_has_no_effect(name):
     with pytest.raises(ValueError, match=f"image_size = 32 has no effect on '{name}'"):
         sources.read(name, image_size=32)
