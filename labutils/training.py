@@ -85,7 +85,7 @@ def train(
                 # What a kill in the middle of a write has left; nobody else writes under the lock.
                 for stray in part.glob(".*.tmp"):
                     stray.unlink()
-                job = _Job(model, data, config, name, key, part, spec)
+                job = _Job(model, data, config, name, key, part, spec, weights)
                 return job.run(track, progress, checkpoint_seconds, compile)
     if progress:
         say(str(run))
@@ -143,6 +143,7 @@ class _Job:
         key: str,
         part: Path,
         spec: dict[str, Any],
+        weights: str,
     ) -> None:
         self.model, self.data, self.config, self.name, self.key = model, data, config, name, key
         self.part, self.device = part, data.train.images.device
@@ -163,6 +164,7 @@ class _Job:
         splits = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
         self.settings = {
             "model": spec,
+            "weights": weights,
             "parameters": num_parameters(model),
             "config": dataclasses.asdict(config),
             "data": {

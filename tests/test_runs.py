@@ -92,6 +92,31 @@ def test_a_published_run_reads_back_equal(run, data, weights):
             publish(found, weights=True, command="make report")
 
 
+def test_weights_published_in_half_precision_take_half_the_space_and_come_close(run, data):
+    metrics = run.test(data)
+    whole = publish(run, weights=True, command="").with_suffix(".safetensors").stat().st_size
+    card = publish(run, weights=True, command="", half=True)
+    assert card.with_suffix(".safetensors").stat().st_size < 0.6 * whole
+    shutil.rmtree(run.place)
+    found = find(run.key, make_model())
+    assert found.test(data) == metrics
+    for near, exact in zip(found.model.parameters(), run.model.parameters()):
+        assert near.dtype == torch.float32
+        torch.testing.assert_close(near, exact, rtol=2**-11, atol=2**-24)
+    # Publishing what is published leaves the file alone.
+    before = found.weights.read_bytes()
+    publish(found, weights=True, command="")
+    assert found.weights.read_bytes() == before
+
+
+def test_weights_too_large_for_half_precision_are_refused(run):
+    with torch.no_grad():
+        next(run.model.parameters()).flatten()[0] = 1e5
+    save_weights(run.weights, run.model.state_dict())
+    with pytest.raises(RunError, match=r"run: .* up to 1e\+05, float16 ends at 65504.*half=False"):
+        publish(run, weights=True, command="", half=True)
+
+
 def test_the_runs_folder_goes_before_published_runs(run):
     card = publish(run, weights=False, command="")
     assert find(run.key, make_model()).place == run.place
@@ -305,7 +330,7 @@ def test_published_runs_are_found_by_what_they_computed():
         augment = lab.Augment(**info["config"]["augment"])
         config = lab.TrainConfig(**{**info["config"], "augment": augment})
         data = SimpleNamespace(fingerprint=info["data"]["fingerprint"])
-        assert run_key(config, info["model"], "seed", data) == card["key"]
+        assert run_key(config, info["model"], info.get("weights", "seed"), data) == card["key"]
         assert path.stem == f"{card['name']}-{card['key']}"
         assert lab.num_parameters(lab.build(info["model"])) == info["parameters"]
         assert card["command"].startswith("python -m labutils run ")

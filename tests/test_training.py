@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import labutils as lab
 from labutils import augmentation, checkpoint, execution, progress, runs, training
-from labutils.keys import run_key
+from labutils.keys import identify, run_key
 from labutils.runs import RunError, find, load_weights
 from labutils.tracking import History, Mirror
 
@@ -465,6 +465,15 @@ def test_another_model_has_another_key(data, other):
     assert not found.stored
     assert found.key != run.key
     assert train(data, model=other()).key == found.key
+
+
+def test_a_run_tells_where_its_weights_came_from(data):
+    assert train(data).info["weights"] == "seed"
+    changed = make_model()
+    with torch.no_grad():
+        next(changed.parameters()).add_(1)
+    _, weights = identify(changed, CONFIG.seed)
+    assert train(data, model=changed).info["weights"] == weights != "seed"
 
 
 def test_other_settings_data_and_weights_have_other_keys(data):
