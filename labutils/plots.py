@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -265,6 +265,35 @@ def lines(
         axis.set_xlabel(x)
         axis.set_ylabel(y)
         axis.legend(title=legend, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def against(
+    panels: Mapping[str, Mapping[str, float]],
+    values: Mapping[str, tuple[float, float]],
+    *,
+    title: str,
+    y: str,
+) -> Figure:
+    """One result against several prices: a panel each, prices on logarithmic axes.
+
+    panels: name of a price, with its unit -> model -> price. values: model -> (mean, deviation).
+    A model has one colour in all panels.
+    """
+    with _style():
+        figure, axes = _figure(1, len(panels), 1.6 + 2.9 * len(panels), 3.5, title)
+        for axis, (price, prices) in zip(axes.flat, panels.items()):
+            for (model, (mean, deviation)), color in zip(values.items(), PALETTE):
+                axis.errorbar(
+                    prices[model], mean, yerr=deviation or None, fmt="o", color=color, label=model
+                )
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.margins(x=0.12, y=0.12)
+            axis.set_xlabel(price)
+            axis.sharey(axes[0, 0])
+        axes[0, 0].set_ylabel(y)
+        axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

@@ -44,6 +44,12 @@ def make_figures():
             y="accuracy (%)",
             log_x=True,
         ),
+        "against": plots.against(
+            {"parameters": {"a": 100.0, "b": 1e6}, "seconds": {"a": 2.0, "b": 1.0}},
+            {"a": (90.0, 1.0), "b": (95.0, 0.0)},
+            title="T",
+            y="accuracy (%)",
+        ),
         "layers": plots.layers(
             {"before": {"m": [1e-9, 0.0, 1.0]}, "after": {"m": [0.1, 1.0, 1.0]}},
             title="T",
@@ -66,7 +72,7 @@ def test_every_figure_draws_within_ten_inches_and_is_not_left_open(figures):
 
 
 @pytest.mark.parametrize(
-    "name", ["learning_curves", "reliability", "dots", "confusion", "lines", "layers"]
+    "name", ["learning_curves", "reliability", "dots", "confusion", "lines", "layers", "against"]
 )
 def test_axes_are_named(figures, name):
     axes = figures[name].axes[0]
@@ -109,6 +115,20 @@ def test_lines_go_through_the_means_with_a_tick_at_every_place(figures):
     np.testing.assert_allclose(dotted.get_ydata(), [98.0, 11.0])
     assert dotted.get_color() == found["-", "m"].get_color()
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "40"]
+
+
+def test_results_stand_at_each_price_in_one_colour_a_model(figures):
+    found = [
+        {bar.get_label(): (*bar.lines[0].get_xydata()[0], bar.lines[0].get_color()) for bar in bars}
+        for bars in (axis.containers for axis in figures["against"].axes)
+    ]
+    assert {name: place[:2] for name, place in found[0].items()} == {
+        "a": (100.0, 90.0),
+        "b": (1e6, 95.0),
+    }
+    assert {name: place[0] for name, place in found[1].items()} == {"a": 2.0, "b": 1.0}
+    for name in "ab":
+        assert found[0][name][2] == found[1][name][2]
 
 
 def test_layers_share_a_scale_and_leave_a_gap_where_nothing_arrives(figures):
