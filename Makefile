@@ -11,7 +11,7 @@ help:
 	@echo 'make report   execute the full profile into reports/ and rebuild the tables'
 	@echo 'make store    execute the notebooks in place: refresh their stored outputs'
 	@echo 'make results  rebuild reports/results.json and the tables of README.md'
-	@echo 'make bench    print the tables of benchmarks/README.md (one needs real MNIST)'
+	@echo 'make bench    print the tables of benchmarks/README.md (two need real data)'
 	@echo 'make lint     ruff and the import order'
 
 # uv installs the several GB that torch brings in seconds where pip takes minutes; pip brings uv,
@@ -52,7 +52,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/synthetic.py
 	$(BIN)/python benchmarks/throughput.py
-	$(BIN)/python benchmarks/time_to_accuracy.py
+	$(BIN)/python benchmarks/time_to_accuracy.py mnist
+	$(BIN)/python benchmarks/time_to_accuracy.py cifar10
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -288,13 +288,26 @@ def against(
                     prices[model], mean, yerr=deviation or None, fmt="o", color=color, label=model
                 )
             axis.set_xscale("log")
-            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.margins(x=0.12, y=0.12)
+            low, high = axis.get_xlim()
+            # A decade of its own has too few powers of ten to read a price from.
+            steps = (1,) if high > 50 * low else (1, 2, 5) if high > 8 * low else (1, 2, 3, 5, 7)
+            axis.xaxis.set_major_locator(LogLocator(subs=steps, numticks=9))
+            axis.xaxis.set_major_formatter(lambda value, _: _prefixed(value))
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.set_xlabel(price)
             axis.sharey(axes[0, 0])
         axes[0, 0].set_ylabel(y)
         axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def _prefixed(value: float) -> str:
+    """20000 -> '20 k': thousands, millions and billions short."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g} {prefix}"
+    return f"{value:g}"
 
 
 def layers(panels: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, y: str) -> Figure:
@@ -310,11 +323,14 @@ def layers(panels: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, y
                 heights[heights == 0] = np.nan
                 axis.plot(np.arange(1, len(heights) + 1), heights, color=color, lw=1.6, label=label)
             axis.set_yscale("log")
-            axis.yaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.set_title(panel)
             axis.set_xlabel("layer, from the input")
-            axis.sharey(axes[0, 0])
+        lowest, highest = zip(*(axis.get_ylim() for axis in axes.flat))
+        for axis in axes.flat:
+            axis.set_ylim(min(lowest), max(highest))
+            if max(highest) > 30 * min(lowest):
+                axis.yaxis.set_minor_locator(NullLocator())
         axes[0, 0].set_ylabel(y)
         axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

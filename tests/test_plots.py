@@ -51,7 +51,7 @@ def make_figures():
             y="accuracy (%)",
         ),
         "layers": plots.layers(
-            {"before": {"m": [1e-9, 0.0, 1.0]}, "after": {"m": [0.1, 1.0, 1.0]}},
+            {"before": {"m": [1e-9, 0.0, 1.0]}, "after": {"m": [0.1, 1.0, 1e3]}},
             title="T",
             y="norm",
         ),
@@ -131,10 +131,22 @@ def test_results_stand_at_each_price_in_one_colour_a_model(figures):
         assert found[0][name][2] == found[1][name][2]
 
 
+def test_prices_are_short_and_there_are_enough_of_them(figures):
+    figures["against"].canvas.draw()
+    wide, narrow = (
+        [tick.get_text() for tick in axis.get_xticklabels()] for axis in figures["against"].axes
+    )
+    assert {"100", "10 k", "1 M"} <= set(wide)
+    assert {"1", "2"} <= set(narrow)
+
+
 def test_layers_share_a_scale_and_leave_a_gap_where_nothing_arrives(figures):
     first, second = figures["layers"].axes
     np.testing.assert_allclose(first.get_lines()[0].get_ydata(), [1e-9, np.nan, 1.0])
-    assert first.get_ylim() == second.get_ylim()
+    low, high = first.get_ylim()
+    assert (low, high) == second.get_ylim()
+    assert low <= 1e-9
+    assert high >= 1e3
     assert [axis.get_title(loc="left") for axis in (first, second)] == ["before", "after"]
 
 
