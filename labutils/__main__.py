@@ -113,9 +113,8 @@ def _run(parsed: argparse.Namespace) -> int:
     folder = parsed.out or project_dir() / ("reports" if report else "build")
     failures = 0
     for notebook in batch.find_notebooks(parsed.notebook):
-        parameters = {**(batch.full_parameters(notebook) if full else {}), **given}
-        if full and not report:
-            parameters["publish"] = given.get("publish", False)
+        profile = batch.full_parameters(notebook, report=report) if full else {}
+        parameters = {**profile, **given}
         output = notebook if parsed.store else folder / notebook.name
         if sys.stderr.isatty():
             print(f"{notebook.stem} → {output}", file=sys.stderr)

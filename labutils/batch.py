@@ -128,12 +128,18 @@ def _fit(value: Any, like: Any) -> Any:
     return value
 
 
-def full_parameters(notebook: Path) -> dict[str, Any]:
-    """The full profile of a notebook. Raises NotebookError if it has none."""
+def full_parameters(notebook: Path, *, report: bool = False) -> dict[str, Any]:
+    """The full profile of a notebook. Raises NotebookError if it has none.
+
+    report: False for an experiment, which publishes nothing.
+    """
     path = notebook.parent / "full" / f"{notebook.stem}.yaml"
     if not path.exists():
         raise NotebookError(f"run: {notebook.stem} has no full profile ({path} is missing).")
-    return yaml.safe_load(path.read_text())
+    parameters = yaml.safe_load(path.read_text())
+    if not report and "publish" in parameters:
+        parameters["publish"] = False
+    return parameters
 
 
 def run_notebook(

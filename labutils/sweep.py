@@ -37,10 +37,7 @@ def grid(
     Raises ValueError or NotebookError for names and values that do not fit.
     """
     known = batch.parameters_of(notebook)
-    base = batch.full_parameters(notebook) if full else {}
-    if full and "publish" in known:
-        base["publish"] = False  # an experiment makes no report
-    base = batch.check_parameters(notebook, base)
+    base = batch.check_parameters(notebook, batch.full_parameters(notebook) if full else {})
     choices: dict[str, list[tuple[str, Any, Any]]] = {}
     for name, text in axes:
         single = name not in known and type(known.get(f"{name}s")) is list

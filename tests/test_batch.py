@@ -138,6 +138,9 @@ def test_a_missing_full_profile_or_parameters_cell_is_named(make_notebook, proje
         batch.full_parameters(path)
     (project / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: 9\n")
     assert batch.full_parameters(path) == {"epochs": 9}
+    (project / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: 9\npublish: true\n")
+    assert batch.full_parameters(path) == {"epochs": 9, "publish": False}
+    assert batch.full_parameters(path, report=True) == {"epochs": 9, "publish": True}
     nbformat.write(new_notebook(), path)
     with pytest.raises(batch.NotebookError, match="no cell tagged 'parameters'"):
         batch.parameters_of(path)

@@ -11,6 +11,9 @@ def outcome(tmp_path, monkeypatch):
     """Commands that would run a notebook record how, and report one claim that fails."""
     calls = []
     notebook = tmp_path / "notebooks" / "1.1_demo.ipynb"
+    profile = notebook.parent / "full" / "1.1_demo.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("epochs: 60\nretrain: false\npublish: true\n")
 
     def run(notebook, output, parameters):
         calls.append((notebook.stem, output, parameters))
@@ -19,7 +22,6 @@ def outcome(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cli, "project_dir", lambda: tmp_path)
     monkeypatch.setattr(batch, "find_notebooks", lambda name: [notebook])
-    monkeypatch.setattr(batch, "full_parameters", lambda notebook: {"epochs": 60, "retrain": False})
     monkeypatch.setattr(batch, "run_notebook", run)
     return calls
 
@@ -38,7 +40,7 @@ def test_values_are_yaml_and_exploring_never_fails_on_a_claim(outcome):
 def test_full_goes_to_reports_with_its_yaml_and_overrides(outcome, tmp_path):
     assert cli.main(["run", "1.1", "--profile", "full", "-p", "retrain", "True"]) == 0
     assert outcome[0][1] == tmp_path / "reports" / "1.1_demo.ipynb"
-    assert outcome[0][2] == {"epochs": 60, "retrain": True}
+    assert outcome[0][2] == {"epochs": 60, "retrain": True, "publish": True}
 
 
 def test_an_experiment_with_the_full_profile_is_no_report(outcome, tmp_path):
