@@ -1,7 +1,7 @@
 """How long a full training takes: seconds until a goal is reached on the validation split.
 
     LABUTILS_DATA=... python benchmarks/time_to_accuracy.py mnist     a minute
-    LABUTILS_DATA=... python benchmarks/time_to_accuracy.py cifar10   40 minutes on two cores
+    LABUTILS_DATA=... python benchmarks/time_to_accuracy.py cifar10   three quarters of an hour
 
 mnist: an MLP 64-64 to 98 %, ten epochs of a one-cycle schedule with slight distortion, five seeds.
 cifar10, one seed: to 79.18 %, the best published validation accuracy of a plain CNN, by the recipe

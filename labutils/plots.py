@@ -296,7 +296,6 @@ def against(
             axis.xaxis.set_major_formatter(lambda value, _: _prefixed(value))
             axis.xaxis.set_minor_locator(NullLocator())
             axis.set_xlabel(price)
-            axis.sharey(axes[0, 0])
         axes[0, 0].set_ylabel(y)
         axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

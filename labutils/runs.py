@@ -260,8 +260,8 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
     """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
 
     command: what measures the card's numbers again. half: store the weights as float16, which takes
-    half the space and changes each by less than a thousandth of itself; the card keeps the metrics
-    of the weights as they were.
+    half the space and changes each by less than a thousandth of itself, or by 3e-8 if it is tiny;
+    the card keeps the metrics of the weights as they were.
     Raises RunError for an unfinished run, where weights are asked for and there are none, or where
     one is too large for float16.
     """

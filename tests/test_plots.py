@@ -129,6 +129,8 @@ def test_results_stand_at_each_price_in_one_colour_a_model(figures):
     assert {name: place[0] for name, place in found[1].items()} == {"a": 2.0, "b": 1.0}
     for name in "ab":
         assert found[0][name][2] == found[1][name][2]
+    first, second = figures["against"].axes
+    assert first.get_ylim() == second.get_ylim()
 
 
 def test_prices_are_short_and_there_are_enough_of_them(figures):
