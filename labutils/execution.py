@@ -28,7 +28,9 @@ def _computes_bf16(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        # oneDNN, which computes here, can be told to leave instructions aside (ONEDNN_MAX_CPU_ISA).
+        return native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return False
 
 

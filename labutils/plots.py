@@ -5,6 +5,7 @@ Figures are closed before they are returned: a notebook shows the one that a cel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axis import Axis
 
 PALETTE = sns.color_palette("colorblind")
 GREY = "0.45"
@@ -103,7 +105,7 @@ def learning_curves(
         left, right = axes.flat
         left.set_ylabel("mean cross-entropy (nats)")
         left.set_yscale("log")
-        left.yaxis.set_minor_locator(NullLocator())
+        _log_ticks(left.yaxis)
         right.set_ylabel("accuracy (%)")
         if chance:
             right.axhline(100 * chance, color=GREY, lw=1, ls="--")
@@ -289,16 +291,21 @@ def against(
                 )
             axis.set_xscale("log")
             axis.margins(x=0.12, y=0.12)
-            low, high = axis.get_xlim()
-            # A decade of its own has too few powers of ten to read a price from.
-            steps = (1,) if high > 50 * low else (1, 2, 5) if high > 8 * low else (1, 2, 3, 5, 7)
-            axis.xaxis.set_major_locator(LogLocator(subs=steps, numticks=9))
-            axis.xaxis.set_major_formatter(lambda value, _: _prefixed(value))
-            axis.xaxis.set_minor_locator(NullLocator())
+            _log_ticks(axis.xaxis)
             axis.set_xlabel(price)
         axes[0, 0].set_ylabel(y)
         axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def _log_ticks(axis: Axis) -> None:
+    """Ticks between the powers of ten too, where there are too few of these to read values off."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3)
+    axis.set_major_locator(LogLocator(subs=steps if decades < 2.5 else (1,), numticks=9))
+    axis.set_major_formatter(lambda value, _: _prefixed(value))
+    axis.set_minor_locator(NullLocator())
 
 
 def _prefixed(value: float) -> str:

@@ -1,6 +1,9 @@
 """Precision, memory format, compilation and threads: what is used, and what happens without it."""
 
 import functools
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -40,8 +43,22 @@ def images(count=5):
 def test_bf16_is_used_only_where_the_processor_computes_it(monkeypatch, amx, avx512, usable):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     found = [execution.usable_precision(asked, CPU) for asked in ("float32", "auto", "bf16")]
     assert found == ["float32", usable, usable]
+
+
+def test_bf16_is_not_used_where_onednn_is_told_to_do_without():
+    code = """if True:
+        import torch
+        from labutils.execution import usable_precision
+
+        print(usable_precision("auto", torch.device("cpu")))
+    """
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=limited, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["float32"]
 
 
 @pytest.mark.parametrize("supported", [True, False])

@@ -142,6 +142,16 @@ def test_prices_are_short_and_there_are_enough_of_them(figures):
     assert {"1", "2"} <= set(narrow)
 
 
+@pytest.mark.parametrize("highest", [1.0, 2.0, 3.3, 8.0, 15.0, 33.0, 120.0, 900.0, 1e4, 1e7])
+def test_a_logarithmic_axis_has_enough_ticks_to_read_it_and_not_too_many(highest):
+    prices = {"price": {"a": 0.9, "b": 0.9 * highest}}
+    figure = plots.against(prices, {"a": (1.0, 0.0), "b": (2.0, 0.0)}, title="", y="")
+    (axis,) = figure.axes
+    low, high = axis.get_xlim()
+    seen = [tick for tick in axis.get_xticks() if low <= tick <= high]
+    assert 2 <= len(seen) <= 8
+
+
 def test_layers_share_a_scale_and_leave_a_gap_where_nothing_arrives(figures):
     first, second = figures["layers"].axes
     np.testing.assert_allclose(first.get_lines()[0].get_ydata(), [1e-9, np.nan, 1.0])
