@@ -79,7 +79,7 @@ def test_stored_outputs_are_compared_with_a_tolerance(outcomes, case):
 
 
 def test_the_notebooks_are_all_here():
-    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == ["1.1", "1.2"]
+    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == ["1.1", "1.2", "1.3"]
 
 
 @pytest.mark.parametrize(
