@@ -265,9 +265,10 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         if row["target"] is not None:
             target += " reached" if row["mean"] >= row["target"] else " **missed**"
         published = "–" if row["published"] is None else f"{row['published']:g}"
+        deviation = f" ± {row['std']:.2f}" if row["n"] > 1 else ""
         lines.append(
             f"| [{number}]({row['report']}) | {row['model']} | {row['dataset']} | "
-            f"**{row['mean']:.2f}** ± {row['std']:.2f} | {row['n']} | {published} | {target} | "
+            f"**{row['mean']:.2f}**{deviation} | {row['n']} | {published} | {target} | "
             f"{row['params']:,} | {row['seconds']:g} s |"
         )
     return "\n".join(lines)

@@ -43,6 +43,11 @@ class Split:
         mean, std = statistics.to(images.device, non_blocking=True)
         return images.float().sub_(mean).div_(std)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """The inverse of normalise: float32 [n, C, H, W] -> uint8 [n, C, H, W], clamped."""
+        mean, std = torch.tensor([self.mean, self.std], device=images.device).view(2, 1, -1, 1, 1)
+        return ((images * std + mean) * 255).round().clamp(0, 255).byte()
+
     def num_batches(self, batch_size: int) -> int:
         """How many batches `shuffled` yields."""
         lone = len(self) % batch_size == 1 and len(self) > 1

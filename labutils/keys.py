@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import models
 from .config import TrainConfig, digest
@@ -45,7 +45,8 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
 
     Comparing with a fresh model tells the two apart; a digest alone would differ between machines
     whose random numbers differ in the last bit, and published runs would not be found there.
-    What a spec does not say goes into the digest: layers that were changed, and which are frozen.
+    What a spec does not say goes into the digest: layers that were changed, which are frozen, and
+    the weights that differ from the fresh model's.
     """
     spec, hasher = {"model": repr(model)}, hashlib.sha256()
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
@@ -55,10 +56,13 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             fresh = build(spec)
+        drawn = fresh.state_dict()
         if repr(model) != repr(fresh):
             hasher.update(repr(model).encode())
-        elif frozen == _frozen(fresh) and _same(state, fresh.state_dict()):
-            return spec, "seed"
+        elif frozen == _frozen(fresh) and state.keys() == drawn.keys():
+            state = {name: value for name, value in state.items() if not value.equal(drawn[name])}
+            if not state:
+                return spec, "seed"
     for kind in sorted({type(part) for part in model.modules()}, key=repr):
         # What a network of your own computes is in its code; repr and weights do not show it.
         if not kind.__module__.startswith(("torch.", "torchvision.", "labutils.")):
@@ -81,7 +85,3 @@ def _code(kind: type) -> bytes:
     except (OSError, TypeError):  # typed into an interpreter that keeps no source
         code = kind.forward.__code__
         return repr((code.co_code, code.co_consts, code.co_names)).encode()
-
-
-def _same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return state.keys() == other.keys() and all(map(torch.equal, state.values(), other.values()))

@@ -73,6 +73,11 @@ class Score:
         values = self.values(what, tta=tta)
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
+    def text(self, *, tta: bool = False) -> str:
+        """Test accuracy as 'mean ± deviation'; a single seed has no deviation."""
+        deviation = f"\u00a0±\u00a0{self.std(tta=tta):.2f}" if len(self.runs) > 1 else ""
+        return f"{self.mean(tta=tta):.2f}{deviation}"
+
 
 def results(
     scores: Mapping[tuple[str, str], Score],
@@ -92,8 +97,8 @@ def results(
         key: {
             "parameters": f"{score.runs[0].info['parameters']:,}",
             "seeds": len(score.runs),
-            "accuracy (%)": _spread(score),
-            **({"test-time flip (%)": _spread(score, tta=True)} if tta else {}),
+            "accuracy (%)": score.text(),
+            **({"test-time flip (%)": score.text(tta=True)} if tta else {}),
             **{f"{name} (%)": values.get(key[1]) for name, values in references.items()},
             "precision (%)": f"{score.mean('precision'):.2f}",
             "loss (nats)": f"{score.mean('loss'):.3f}",
@@ -106,10 +111,6 @@ def results(
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=["recipe", "model"])
     return table
-
-
-def _spread(score: Score, **options: bool) -> str:
-    return f"{score.mean(**options):.2f}\u00a0±\u00a0{score.std(**options):.2f}"
 
 
 @dataclass

@@ -141,21 +141,25 @@ def heatmap(table: pd.DataFrame, *, title: str, label: str, digits: int = 1) -> 
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str], *, title: str) -> Figure:
-    """Mistakes as a heat map: images of the row's class taken for the column's; hits in grey."""
+    """Mistakes as a heat map: images of the row's class taken for the column's; hits in grey.
+
+    More than 30 classes are too many for numbers and names: they are drawn without.
+    """
     matrix = np.asarray(matrix)
+    few = len(matrix) <= 30
     hits = np.eye(len(matrix), dtype=bool)
     with _style():
-        side = max(5.5, 0.48 * len(matrix) + 1.6)
+        side = max(5.5, 0.48 * len(matrix) + 1.6) if few else 9.0
         figure, axes = _figure(1, 1, side + 0.8, side, title)
         axis = axes[0, 0]
         shared = {
-            "annot": np.where(matrix > 0, matrix.astype(str), ""),
+            "annot": np.where(matrix > 0, matrix.astype(str), "") if few else None,
             "fmt": "",
-            "linewidths": 0.5,
+            "linewidths": 0.5 if few else 0.0,
             "ax": axis,
             "square": True,
-            "xticklabels": classes,
-            "yticklabels": classes,
+            "xticklabels": classes if few else False,
+            "yticklabels": classes if few else False,
         }
         bar = {"label": "images", "shrink": 0.75, "ticks": MaxNLocator(integer=True)}
         sns.heatmap(matrix, mask=hits, cmap="Reds", cbar_kws=bar, **shared)

@@ -196,6 +196,14 @@ def test_rows_for_sweeps_alone_and_single_values_stay_out_of_the_results(project
     assert set(found) == {*row(), "command", "report"}
 
 
+def test_a_single_run_has_no_deviation():
+    one, three = batch.markdown_table(
+        [{**row(), "report": "r", "n": n, "std": 0.0} for n in (1, 3)]
+    ).splitlines()[2:]
+    assert "±" not in one
+    assert "± 0.00" in three
+
+
 def test_a_readme_without_markers_is_left_alone(project):
     write_report(project, [row()])
     (project / "README.md").write_text("no place for a table")

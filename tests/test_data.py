@@ -201,6 +201,9 @@ def test_normalising_equals_a_slow_loop_and_torchvision(write_npz):
     assert found.dtype == torch.float32
     reference = transforms.normalize(split.images / 255, list(split.mean), list(split.std))
     torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
+    assert torch.equal(split.pixels(found), split.images)
+    beyond = torch.tensor([-9.0, 9.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    assert split.pixels(beyond)[:, :, 0, 0].tolist() == [[0] * 3, [255] * 3]
     for image, result in zip(split.images.numpy() / 255.0, found):
         for channel in range(3):
             expected = (image[channel] - split.mean[channel]) / split.std[channel]

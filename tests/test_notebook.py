@@ -51,7 +51,10 @@ def test_a_score_is_the_mean_and_deviation_over_seeds(runs):
     accuracies = [100 * lab.evaluate(run.model, data.test).accuracy for run in found]
     assert score.mean() == pytest.approx(statistics.fmean(accuracies))
     assert score.std() == pytest.approx(statistics.stdev(accuracies))
-    assert lab.Score(found[:1], data).std() == 0.0
+    assert score.text() == f"{score.mean():.2f}\u00a0±\u00a0{score.std():.2f}"
+    single = lab.Score(found[:1], data)
+    assert single.std() == 0.0
+    assert single.text() == f"{single.mean():.2f}"
     losses = [lab.evaluate(run.model, data.test).loss for run in found]
     assert score.mean("loss") == pytest.approx(statistics.fmean(losses))
     assert score.mean("epochs") == 1

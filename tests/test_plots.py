@@ -142,6 +142,13 @@ def test_prices_are_short_and_there_are_enough_of_them(figures):
     assert {"1", "2"} <= set(narrow)
 
 
+def test_a_confusion_matrix_of_many_classes_has_neither_numbers_nor_names():
+    matrix = np.random.default_rng(0).integers(0, 9, (100, 100))
+    names = [f"class {number}" for number in range(100)]
+    axis = plots.confusion(matrix, names, title="").axes[0]
+    assert not [*axis.texts, *axis.get_xticklabels(), *axis.get_yticklabels()]
+
+
 @pytest.mark.parametrize("highest", [1.0, 2.0, 3.3, 8.0, 15.0, 33.0, 120.0, 900.0, 1e4, 1e7])
 def test_a_logarithmic_axis_has_enough_ticks_to_read_it_and_not_too_many(highest):
     prices = {"price": {"a": 0.9, "b": 0.9 * highest}}
