@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-from . import models
 from .config import Fraction, PositiveInt, check, suggestion
-from .models import register
+from .models import Classes, register
 
-Sizes = Sequence[int]
 ImageShape = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
 Widths = Annotated[list[PositiveInt], Field(min_length=1)]
+Layers = Annotated[list[Any], Field(min_length=1)]  # see _layer for what an item may be
 _LAYER = {
     "channels": PositiveInt,
     "kernel": PositiveInt,
@@ -63,9 +62,13 @@ class SimpleCNN(ConvNet):
     """
 
     def __init__(
-        self, image_shape: Sizes, num_classes: int, *, widths: Sizes = (32, 64), hidden: int = 256
+        self,
+        image_shape: ImageShape,
+        num_classes: Classes,
+        *,
+        widths: Widths = (32, 64),
+        hidden: PositiveInt = 256,
     ) -> None:
-        check_arguments("SimpleCNN", locals(), widths=Widths, hidden=PositiveInt)
         require_size("SimpleCNN", image_shape, 2 ** len(widths))
         channels, height, width = image_shape
         stages: dict[str, nn.Module] = {}
@@ -87,13 +90,12 @@ class CNN(ConvNet):
 
     def __init__(
         self,
-        image_shape: Sizes,
-        num_classes: int,
+        image_shape: ImageShape,
+        num_classes: Classes,
         *,
-        widths: Sizes = (64, 128, 256),
-        dropout: float = 0.3,
+        widths: Widths = (64, 128, 256),
+        dropout: Fraction = 0.3,
     ) -> None:
-        check_arguments("CNN", locals(), widths=Widths, dropout=Fraction)
         require_size("CNN", image_shape, 2 ** len(widths))
         channels = image_shape[0]
         stages = {}
@@ -119,10 +121,10 @@ class FullyConvCNN(ConvNet):
 
     def __init__(
         self,
-        image_shape: Sizes,
-        num_classes: int,
+        image_shape: ImageShape,
+        num_classes: Classes,
         *,
-        layers: Sequence[int | Mapping[str, int]] = (
+        layers: Layers = (
             64,
             {"channels": 64, "pool": True},
             128,
@@ -130,10 +132,8 @@ class FullyConvCNN(ConvNet):
             256,
             256,
         ),
-        dropout: float = 0.1,
+        dropout: Fraction = 0.1,
     ) -> None:
-        kind = Annotated[list[Any], Field(min_length=1)]
-        check_arguments("FullyConvCNN", locals(), layers=kind, dropout=Fraction)
         channels, *size = image_shape
         stages = {}
         for index, given in enumerate(layers):
@@ -176,16 +176,14 @@ class ResNet(ConvNet):
 
     def __init__(
         self,
-        image_shape: Sizes,
-        num_classes: int,
+        image_shape: ImageShape,
+        num_classes: Classes,
         *,
         depth: int = 18,
-        width: int | None = None,
+        width: PositiveInt | None = None,
         residual: bool = True,
-        stem: str = "cifar",
+        stem: Literal["cifar", "deep"] = "cifar",
     ) -> None:
-        kinds = {"depth": int, "width": PositiveInt | None, "residual": bool}
-        check_arguments("ResNet", locals(), **kinds, stem=Literal["cifar", "deep"])
         if depth != 18 and (depth < 8 or depth % 6 != 2):
             raise ValueError(
                 f"ResNet: depth = {depth}. Give 18, or 6n + 2: 8, 14, 20, 32, 44, 56, 110, ..."
@@ -282,12 +280,7 @@ def _layer(index: int, given: Any) -> dict[str, int]:
     return layer
 
 
-def check_arguments(owner: str, arguments: dict[str, Any], **options: Any) -> None:
-    """Check what every network takes, and the options whose kinds are given."""
-    models.check_arguments(owner, arguments, image_shape=ImageShape, **options)
-
-
-def require_size(owner: str, image_shape: Sizes, smallest: int) -> None:
+def require_size(owner: str, image_shape: Sequence[int], smallest: int) -> None:
     """Raise ValueError if a side of the images is shorter than the layers need."""
     if min(image_shape[1:]) < smallest:
         raise ValueError(

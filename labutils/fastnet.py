@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .convnets import ConvNet, Sizes, Widths, check_arguments, require_size
-from .models import register
+from .convnets import ConvNet, ImageShape, Widths, require_size
+from .models import Classes, register
 
 
 @register
@@ -31,9 +31,8 @@ class FastNet(ConvNet):
     """
 
     def __init__(
-        self, image_shape: Sizes, num_classes: int, *, widths: Sizes = (64, 256, 256)
+        self, image_shape: ImageShape, num_classes: Classes, *, widths: Widths = (64, 256, 256)
     ) -> None:
-        check_arguments("FastNet", locals(), widths=Widths)
         require_size("FastNet", image_shape, 2 ** len(widths) + 1)
         # Two filters, one the negative of the other, for each of the 4 C values in a patch.
         channels = 8 * image_shape[0]

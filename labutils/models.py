@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import typing
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated, Any, Literal
@@ -15,24 +16,32 @@ from torch import Tensor, nn
 from .config import Fraction, PositiveInt, check
 
 MODELS: dict[str, type[nn.Module]] = {}
+Classes = Annotated[int, Field(ge=2)]
 
 
 def register(cls: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: build by name, and keep the arguments of each instance in `.spec`."""
+    """Class decorator: build by name, and keep the arguments of each instance in `.spec`.
+
+    They are checked against their type hints, where a tuple counts as a list, and have to be values
+    that JSON can hold.
+    """
     init, signature = cls.__init__, inspect.signature(cls.__init__)
+    kinds = typing.get_type_hints(init, include_extras=True)
 
     @functools.wraps(init)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs).arguments
+        given = {name: _json(value) for name, value in list(bound.items())[1:]}
+        check(cls.__name__, {name: kinds[name] for name in given if name in kinds}, given)
         init(self, *args, **kwargs)
         # A subclass computes something else, so it has no spec before it registers its own name.
         if type(self) is not cls:
             return
-        given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
         # Without defaults, so that an argument added later leaves the spec of older runs alone.
         self.spec = {"model": cls.__name__} | {
-            name: _json(value)
+            name: value
             for name, value in given.items()
-            if _json(value) != _json(signature.parameters[name].default)
+            if value != _json(signature.parameters[name].default)
         }
 
     cls.__init__ = __init__
@@ -93,21 +102,20 @@ class MLP(_Layers):
 
     def __init__(
         self,
-        in_features: int,
-        hidden: Sequence[int],
-        num_classes: int,
+        in_features: PositiveInt,
+        hidden: list[PositiveInt],
+        num_classes: Classes,
         *,
-        dropout: float = 0.0,
+        dropout: Fraction = 0.0,
         batch_norm: bool = False,
-        init: str = "torch",
+        init: Literal["torch", "he"] = "torch",
     ) -> None:
-        widths = _check_perceptron("MLP", locals(), init=Literal["torch", "he"])
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in itertools.pairwise([in_features, *widths]):
+        for inputs, outputs in itertools.pairwise([in_features, *hidden]):
             layers += [*_linear(inputs, outputs, batch_norm, init), nn.ReLU()]
         if dropout:
             layers.append(nn.Dropout(dropout))
-        super().__init__(*layers, nn.Linear([in_features, *widths][-1], num_classes))
+        super().__init__(*layers, nn.Linear([in_features, *hidden][-1], num_classes))
 
 
 class ResidualBlock(nn.Module):
@@ -154,42 +162,24 @@ class ResidualMLP(_Layers):
 
     def __init__(
         self,
-        in_features: int,
-        hidden: Sequence[int],
-        num_classes: int,
+        in_features: PositiveInt,
+        hidden: list[PositiveInt],
+        num_classes: Classes,
         *,
-        block: int = 2,
-        dropout: float = 0.0,
+        block: PositiveInt = 2,
+        dropout: Fraction = 0.0,
         batch_norm: bool = False,
     ) -> None:
-        widths = _check_perceptron("ResidualMLP", locals(), block=PositiveInt)
-        if len(widths) < 2:
+        if len(hidden) < 2:
             raise ValueError(
-                f"ResidualMLP: hidden = {widths}: the first hidden layer stands alone, and there "
+                f"ResidualMLP: hidden = {hidden}: the first hidden layer stands alone, and there "
                 "is none for a block to skip. Give at least two widths, or use MLP."
             )
-        layers = [nn.Flatten(), *_linear(in_features, widths[0], batch_norm), nn.ReLU()]
-        for first in range(0, len(widths) - 1, block):
-            part = widths[first : first + block + 1]
+        layers = [nn.Flatten(), *_linear(in_features, hidden[0], batch_norm), nn.ReLU()]
+        for first in range(0, len(hidden) - 1, block):
+            part = hidden[first : first + block + 1]
             layers.append(ResidualBlock(part, dropout=dropout, batch_norm=batch_norm))
-        super().__init__(*layers, nn.Linear(widths[-1], num_classes))
-
-
-def check_arguments(owner: str, arguments: dict[str, Any], **kinds: Any) -> dict[str, Any]:
-    """Check num_classes and the arguments whose kinds are given; tuples count as lists."""
-    kinds = {"num_classes": Annotated[int, Field(ge=2)], **kinds}
-    values = {
-        name: list(arguments[name]) if isinstance(arguments[name], tuple) else arguments[name]
-        for name in kinds
-    }
-    return check(owner, kinds, values)
-
-
-def _check_perceptron(owner: str, arguments: dict[str, Any], **more: Any) -> list[int]:
-    """The widths of the hidden layers, after all arguments were checked."""
-    kinds = {"in_features": PositiveInt, "hidden": list[PositiveInt]}
-    kinds |= {"dropout": Fraction, "batch_norm": bool, **more}
-    return check_arguments(owner, arguments, **kinds)["hidden"]
+        super().__init__(*layers, nn.Linear(hidden[-1], num_classes))
 
 
 def _linear(inputs: int, outputs: int, batch_norm: bool, init: str = "torch") -> list[nn.Module]:
