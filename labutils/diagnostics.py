@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import reason
@@ -25,34 +26,21 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def observed(
-    model: nn.Module,
-    after: Callable[[str, nn.Module, Tensor], None],
-    before: Callable[[str, nn.Module], None] | None = None,
-) -> Iterator[None]:
-    """Call back before and after every layer while the block runs; no hook outlives it.
+def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Call back after every layer while the block runs; no hook outlives it.
 
     A layer is a module without children. after: gets its name, itself and its output; for a layer
     that is used twice it is called twice.
     """
-    handles = []
-    try:
-        for name, layer in model.named_modules():
-            if list(layer.children()):
-                continue
-            if before:
-                handles.append(
-                    layer.register_forward_pre_hook(lambda layer, _, name=name: before(name, layer))
-                )
-            handles.append(
-                layer.register_forward_hook(
-                    lambda layer, _, output, name=name: after(name, layer, output)
-                )
-            )
+    names = {layer: name for name, layer in model.named_modules() if not list(layer.children())}
+
+    def hook(layer: nn.Module, _: tuple, output: Tensor) -> None:
+        if layer in names:
+            after(names[layer], layer, output)
+
+    # A hook for all modules comes off in one go, even when an error ends the block.
+    with register_module_forward_hook(hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -172,10 +160,10 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     rows: list[dict] = []
     seen: set[int] = set()
     counter = FlopCounterMode(display=False)
-    spent = {}
+    spent: dict[nn.Module, int] = {}
 
-    def before(name: str, layer: nn.Module) -> None:
-        spent[name] = counter.get_total_flops()
+    def before(layer: nn.Module, _: tuple) -> None:
+        spent[layer] = counter.get_total_flops()
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
         own = [p for p in layer.parameters() if id(p) not in seen]
@@ -186,13 +174,19 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
                 "kind": type(layer).__name__,
                 "output": _sizes(output),
                 "parameters": sum(p.numel() for p in own),
-                "FLOPs": counter.get_total_flops() - spent[name],
+                "FLOPs": counter.get_total_flops() - spent[layer],
             }
         )
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with observed(model, after, before), evaluating(model), torch.no_grad(), counter:
+        with (
+            register_module_forward_pre_hook(before),
+            observed(model, after),
+            evaluating(model),
+            torch.no_grad(),
+            counter,
+        ):
             output = model(torch.zeros(1, *input_size, device=device))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(

@@ -69,6 +69,18 @@ def test_the_total_counts_parameters_that_no_layer_owns():
     assert table.loc["total", "parameters"] == 3 * 5 * 9 + 5 + 5
 
 
+class Mixed(nn.Sequential):
+    """Multiplies with a matrix of its own between two layers."""
+
+    def forward(self, images):
+        return self[1](self[0](images) @ torch.ones(5, 4))
+
+
+def test_work_between_two_layers_is_in_the_total_alone():
+    table = lab.summary(Mixed(nn.Linear(3, 5), nn.Linear(4, 2)), (3,))
+    assert list(table.FLOPs) == [2 * 3 * 5, 2 * 4 * 2, 2 * (3 * 5 + 5 * 4 + 4 * 2)]
+
+
 def test_the_total_shows_what_the_model_returns():
     table = lab.summary(Scaled(), (3, 8, 8))
     assert list(table.output) == ["5x6x6", "5"]
@@ -86,6 +98,15 @@ def mixed_model():
     return model
 
 
+def assert_no_hooks(model):
+    for part in model.modules():
+        assert not part._forward_hooks
+        assert not part._forward_pre_hooks
+        assert not part._backward_hooks
+    assert not nn.modules.module._global_forward_hooks
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
 @pytest.mark.parametrize("size", [(1, 8, 8), (1, 9, 8)])
 def test_the_model_is_left_as_it_was_even_after_an_error(size):
     model = mixed_model()
@@ -100,7 +121,7 @@ def test_the_model_is_left_as_it_was_even_after_an_error(size):
     assert [part.training for part in model.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), grads))
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert_no_hooks(model)
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
@@ -235,10 +256,7 @@ def test_a_look_inside_leaves_nothing_behind(probe, fails):
         assert torch.equal(value, state[name]), name
     for parameter, grad in zip(model.parameters(), grads):
         assert torch.equal(parameter.grad, grad)
-    for part in model.modules():
-        assert not part._forward_hooks
-        assert not part._forward_pre_hooks
-        assert not part._backward_hooks
+    assert_no_hooks(model)
 
 
 def test_gradients_do_not_appear_where_there_were_none():
