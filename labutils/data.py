@@ -7,7 +7,6 @@ https://github.com/KellerJordan/cifar10-airbench).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
@@ -166,18 +165,6 @@ class ImageData:
     def num_features(self) -> int:
         """Length of a flattened image."""
         return math.prod(self.image_shape)
-
-    def to(self, device: str | torch.device) -> ImageData:
-        """The same data on another device."""
-        device = resolve_device(device)
-        moved = {
-            name: dataclasses.replace(
-                split, images=split.images.to(device), labels=split.labels.to(device)
-            )
-            for name in ("train", "val", "test")
-            for split in [getattr(self, name)]
-        }
-        return dataclasses.replace(self, **moved)
 
     def __str__(self) -> str:
         sizes = f"{len(self.train):,} train, {len(self.val):,} val, {len(self.test):,} test"
