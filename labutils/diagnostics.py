@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Batch = tuple[Tensor, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
@@ -59,17 +58,16 @@ def _rehearsal(model: nn.Module) -> Iterator[None]:
                 buffer.data.copy_(buffers[name])
 
 
-def gradient_norms(model: nn.Module, batch: Batch, loss: Loss = F.cross_entropy) -> pd.DataFrame:
+def gradient_norms(model: nn.Module, batch: Batch) -> pd.DataFrame:
     """Euclidean norm of the loss's gradient in each layer that has parameters to train.
 
-    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device.
-    loss: takes logits and labels, returns a scalar.
+    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device. The loss is
+    their mean cross-entropy.
     Columns: kind; parameters, the norm over all of the layer's own; output, that of the gradient
-    with respect to what the layer gives on, both for the loss as it is (a mean over the batch for
-    cross-entropy). Rows in the order in which the layers run.
+    with respect to what the layer gives on. Rows in the order in which the layers run.
     The network runs as in a training step. It is left without hooks, with the gradients, the mode,
     the statistics of batch norm and the random state that it had.
-    Raises ValueError if nothing can be trained or the loss is no scalar.
+    Raises ValueError if nothing can be trained.
     """
     import pandas as pd
 
@@ -92,14 +90,9 @@ def gradient_norms(model: nn.Module, batch: Batch, loss: Loss = F.cross_entropy)
     images, labels = batch
     with _rehearsal(model), torch.enable_grad():
         with observed(model, after):
-            value = loss(model(images), labels)
-        if value.numel() != 1:
-            raise ValueError(
-                f"gradient_norms: the loss has shape {tuple(value.shape)}. Give one that returns "
-                "a scalar, the mean over the batch."
-            )
+            loss = F.cross_entropy(model(images), labels)
         flat = [p for name in kinds for p in owned[name]]
-        grads = dict(zip(flat, torch.autograd.grad(value, flat, materialize_grads=True)))
+        grads = dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True)))
     rows = {
         name: {
             "kind": kind,
