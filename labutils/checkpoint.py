@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,15 +108,8 @@ class Average(AveragedModel):
         self.n_averaged += 1
 
 
-class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
-
-
-def save(
-    path: Path, key: str, parts: dict[str, Stateful], device: torch.device, precision: str
-) -> None:
-    """Write the state of all parts and of torch's random numbers as one atomic file."""
+def save(path: Path, key: str, parts: dict[str, Any], device: torch.device, precision: str) -> None:
+    """Write the state_dict of all parts and torch's random state as one atomic file."""
     state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
     state |= {"key": key, "device": device.type, "precision": precision}
     state["rng"] = torch.get_rng_state()
@@ -129,9 +122,7 @@ def save(
         file.write(buffer.getbuffer())
 
 
-def load(
-    path: Path, key: str, parts: dict[str, Stateful], device: torch.device, precision: str
-) -> None:
+def load(path: Path, key: str, parts: dict[str, Any], device: torch.device, precision: str) -> None:
     """Bring all parts to the state that `save` wrote.
 
     Raises RunError if the file is damaged, belongs to another run or model, or was made on another
@@ -148,8 +139,7 @@ def load(
         ) from error
     if not isinstance(state, dict) or state.get("key") != key:
         raise RunError(f"train: the checkpoint {path} belongs to another run. {advice}")
-    # Checkpoints had no precision while float32 was the only one.
-    made, here = (state["device"], state.get("precision", "float32")), (device.type, precision)
+    made, here = (state["device"], state["precision"]), (device.type, precision)
     if made != here:
         made, here = (" in ".join(place) for place in (made, here))
         raise RunError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,9 +33,6 @@ class Metrics:
     calibration_error: float  # expected |confidence - accuracy|, 15 equal bins
     per_class: list[float]  # accuracy within each class
     confusion: list[list[int]]  # [true class][predicted class], images
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Metrics:

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ class Run:
             # An unfinished run goes on in this folder, and its weights will be others.
             if self.place.is_dir() and self.stop_reason != "interrupted":
                 with disk_errors(self.name, self.place):
-                    write_json(self.place / f"{name}.json", found.to_json())
+                    write_json(self.place / f"{name}.json", asdict(found))
                 self._mirror({f"{name}/loss": found.loss, f"{name}/accuracy": found.accuracy})
         return self._scores[name]
 
@@ -281,7 +281,6 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
             kept = _halved(run) if half else run.weights.read_bytes()
             with atomic_write(card.with_suffix(".safetensors")) as file:
                 file.write(kept)
-    history = History(run.rows)
     write_json(
         card,
         {
@@ -289,9 +288,9 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
             "key": run.key,
             "command": command,
             "test": None,
-            **{name: found.to_json() for name, found in run._scores.items()},
+            **{name: asdict(found) for name, found in run._scores.items()},
             "info": run.info,
-            "history": {name: history.column(name) for name in run.rows[0]},
+            "history": {name: [row[name] for row in run.rows] for name in run.rows[0]},
         },
     )
     return card

@@ -33,9 +33,6 @@ class History:
     def __init__(self, rows: Sequence[Row] = ()) -> None:
         self.rows = [dict(row) for row in rows]
 
-    def column(self, name: str) -> list[float]:
-        return [row[name] for row in self.rows]
-
     def frame(self) -> pd.DataFrame:
         """The table, indexed by epoch from 1."""
         import pandas as pd

@@ -181,15 +181,6 @@ def test_a_file_of_another_precision_is_refused_on_both_sides(last, tmp_path):
     assert_refused(last, why="was made on cpu in bf16, this is cpu in float32")
 
 
-def test_a_file_from_before_there_were_precisions_is_float32(last):
-    state = torch.load(last, weights_only=True)
-    del state["precision"]
-    torch.save(state, last)
-    load(last, "abc", make_parts(), CPU, "float32")
-    with pytest.raises(RunError, match="made on cpu in float32, this is cpu in bf16"):
-        load(last, "abc", make_parts(), CPU, "bf16")
-
-
 def test_soft_labels_count_as_the_class_with_the_largest_share():
     tally = Tally()
     shares = torch.tensor([[0.6, 0.4, 0.0], [0.3, 0.0, 0.7], [0.0, 1.0, 0.0]])

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,7 +191,7 @@ def test_metrics_are_measured_once_and_stored(run, data, monkeypatch):
     assert run.test(data) is metrics
     found = find(run.key, make_model())
     assert found.test(data) == metrics
-    assert metrics.to_json() | {"accuracy_interval": list(metrics.accuracy_interval)} == json.loads(
+    assert asdict(metrics) | {"accuracy_interval": list(metrics.accuracy_interval)} == json.loads(
         (run.place / "test.json").read_text()
     )
 
