@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axis import Axis
 
 PALETTE = sns.color_palette("colorblind")
@@ -82,24 +82,20 @@ def learning_curves(
 ) -> Figure:
     """Loss and accuracy by epoch: mean over seeds, band from lowest to highest, val solid.
 
-    curves: label -> histories of its runs, one a seed. chance: accuracy of guessing, a fraction.
+    curves: label -> histories of its runs, one a seed, each indexed by epoch.
+    chance: accuracy of guessing, a fraction.
     """
     with _style():
         figure, axes = _figure(1, 2, 9.9, 3.7, title)
         for axis, what, scale in zip(axes.flat, ("loss", "accuracy"), (1, 100)):
             for (label, histories), color in zip(curves.items(), PALETTE):
                 for split, dashes in (("val", "-"), ("train", ":")):
-                    column = f"{split}_{what}"
-                    length = max(len(history) for history in histories)
-                    values = np.full((len(histories), length), np.nan)
-                    for row, history in zip(values, histories):
-                        row[: len(history)] = scale * history[column].to_numpy()
-                    epochs = np.arange(1, length + 1)
-                    mean = np.nanmean(values, axis=0)
-                    axis.plot(epochs, mean, dashes, color=color, lw=1.6, label=label)
+                    columns = [scale * history[f"{split}_{what}"] for history in histories]
+                    seeds = pd.concat(columns, axis=1)  # NaN where a run stopped early
+                    axis.plot(seeds.mean(axis=1), dashes, color=color, lw=1.6, label=label)
                     if split == "val":
-                        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-                        axis.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
+                        low, high = seeds.min(axis=1), seeds.max(axis=1)
+                        axis.fill_between(seeds.index, low, high, color=color, alpha=0.2, lw=0)
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         left, right = axes.flat

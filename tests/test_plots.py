@@ -9,7 +9,8 @@ from labutils import plots
 
 
 def history(values):
-    frame = pd.DataFrame({"train_loss": values, "val_loss": np.array(values) + 0.1})
+    epochs = pd.RangeIndex(1, len(values) + 1, name="epoch")
+    frame = pd.DataFrame({"train_loss": values, "val_loss": np.array(values) + 0.1}, index=epochs)
     frame["train_accuracy"], frame["val_accuracy"] = 1 - frame.train_loss, 1 - frame.val_loss
     return frame
 
@@ -83,7 +84,9 @@ def test_axes_are_named(figures, name):
 def test_learning_curves_show_the_mean_over_seeds_also_where_one_stopped_early(figures):
     loss = figures["learning_curves"].axes[0]
     val = next(line for line in loss.get_lines() if line.get_linestyle() == "-")
-    np.testing.assert_allclose(val.get_ydata(), [0.55, 0.3])
+    np.testing.assert_allclose(val.get_xydata(), [[1, 0.55], [2, 0.3]])
+    (band,) = (patch.get_datalim(loss.transData) for patch in loss.collections)
+    np.testing.assert_allclose(band.get_points(), [[1, 0.3], [2, 0.6]])
     accuracy = figures["learning_curves"].axes[1]
     val = next(line for line in accuracy.get_lines() if line.get_linestyle() == "-")
     np.testing.assert_allclose(val.get_ydata(), [45.0, 70.0])
@@ -109,8 +112,10 @@ def test_dots_stand_at_the_means_with_models_in_order(figures):
 def test_lines_go_through_the_means_with_a_tick_at_every_place(figures):
     axis = figures["lines"].axes[0]
     found = {(line.get_linestyle(), line.get_label()): line for line in axis.get_lines()}
-    np.testing.assert_allclose(found["-", "m"].get_ydata(), [92.0, 10.0])
-    np.testing.assert_allclose(found["-", "n"].get_ydata(), [80.0])
+    np.testing.assert_allclose(found["-", "m"].get_xydata(), [[2, 92.0], [40, 10.0]])
+    np.testing.assert_allclose(found["-", "n"].get_xydata(), [[2, 80.0]])
+    band = axis.collections[0].get_datalim(axis.transData)
+    np.testing.assert_allclose(band.get_points(), [[2, 10.0], [40, 94.0]])
     dotted = next(line for line in axis.get_lines() if line.get_linestyle() == ":")
     np.testing.assert_allclose(dotted.get_ydata(), [98.0, 11.0])
     assert dotted.get_color() == found["-", "m"].get_color()
