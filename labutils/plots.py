@@ -164,6 +164,14 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], *, title: str) -> Figu
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
         axis.tick_params(length=0, rotation=0)
+        if max(map(len, classes), default=0) > 7:  # longer names would run into each other
+            axis.set_xticks(
+                axis.get_xticks(),
+                axis.get_xticklabels(),
+                rotation=40,
+                ha="right",
+                rotation_mode="anchor",
+            )
     return figure
 
 

@@ -147,6 +147,28 @@ def test_prices_are_short_and_there_are_enough_of_them(figures):
     assert {"1", "2"} <= set(narrow)
 
 
+def test_long_class_names_below_a_confusion_matrix_do_not_overlap():
+    names = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    figure = plots.confusion(np.eye(10, dtype=int), names, title="")
+    figure.canvas.draw()
+    labels = figure.axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == names
+    assert {label.get_rotation() for label in labels} == {40.0}
+    short = plots.confusion(np.eye(2, dtype=int), ["cat", "dog"], title="")
+    assert {label.get_rotation() for label in short.axes[0].get_xticklabels()} == {0.0}
+
+
 def test_a_confusion_matrix_of_many_classes_has_neither_numbers_nor_names():
     matrix = np.random.default_rng(0).integers(0, 9, (100, 100))
     names = [f"class {number}" for number in range(100)]
