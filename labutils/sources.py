@@ -334,8 +334,9 @@ def _folder(root: Path, size: int) -> Raw:
     splits, start = {}, 0
     for split, tree in trees.items():
         labels = np.asarray(tree.targets, dtype=np.int64)
-        # A view would keep all images in memory beside those that are cut out of it.
-        splits[split] = images[start : start + len(labels)].copy(), labels
+        # Files come class by class; elsewhere the first images of a set are some of each class.
+        order = np.random.default_rng(0).permutation(len(labels))
+        splits[split] = images[start : start + len(labels)][order], labels[order]
         start += len(labels)
     test = splits.get("test") or splits["val"]
     val = splits.get("val") if "test" in splits else None

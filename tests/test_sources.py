@@ -430,15 +430,29 @@ def test_a_folder_gives_its_splits_classes_and_labels(tree):
     root = tree(images)
     raw = sources.read(f"folder:{root}")
     assert raw.train[0].shape == (3, 3, 64, 64)
-    assert raw.train[0][:, 0, 0, 0].tolist() == [10, 12, 11]
-    assert raw.train[1].tolist() == [0, 0, 1]
-    assert raw.test[0][:, 0, 0, 0].tolist() == [20, 21]
+    assert labelled(raw.train) == {(10, 0), (12, 0), (11, 1)}
+    assert labelled(raw.test) == {(20, 0), (21, 1)}
     assert (raw.classes, raw.val) == (("a", "b"), None)
     tree({"test/a/1.png": plain(30), "test/b/1.png": plain(31), "test/b/2.png": plain(32)})
     raw = sources.read(f"folder:{root}")
-    assert raw.val[0][:, 0, 0, 0].tolist() == [20, 21]
-    assert raw.test[0][:, 0, 0, 0].tolist() == [30, 31, 32]
-    assert raw.test[1].tolist() == [0, 1, 1]
+    assert labelled(raw.val) == {(20, 0), (21, 1)}
+    assert labelled(raw.test) == {(30, 0), (31, 1), (32, 1)}
+
+
+def labelled(split) -> set[tuple[int, int]]:
+    """The grey and the label of each image of a split of plain images."""
+    images, labels = split
+    return set(zip(images[:, 0, 0, 0].tolist(), labels.tolist(), strict=True))
+
+
+def test_the_first_images_of_a_folder_are_not_all_of_one_class(tree):
+    images = {f"train/{name}/{n}.png": plain(n) for name in "abc" for n in range(20)}
+    root = tree(images | {f"val/{name}/1.png": plain(1) for name in "abc"})
+    first, again = (sources.read(f"folder:{root}").train for _ in range(2))
+    assert set(first[1][:10]) == {0, 1, 2}
+    assert np.bincount(first[1]).tolist() == [20, 20, 20]
+    assert (first[0] == again[0]).all()
+    assert (first[1] == again[1]).all()
 
 
 def odd_tiff() -> bytes:
