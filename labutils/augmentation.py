@@ -1,7 +1,8 @@
 """Random changes of training images, made for whole batches on the device that holds them.
 
-What is drawn comes from the CPU and depends on a key alone, so that every device, and a run that is
-taken up in the middle of an epoch, sees the same images. `data` decides what is drawn when.
+What is drawn comes from the CPU and depends on a key alone, so that a run that is taken up in the
+middle of an epoch sees the same images; so does every device, but for distortion, of which as many
+images are drawn at once as suit the device. `data` decides what is drawn when.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class _Checked:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment(_Checked):
-    """Random changes of training images, drawn anew for every image and epoch.
+    """Changes of training images, drawn anew for every image and epoch; flips may alternate.
 
     In the order in which they are made: crop, flip, then rotate, translate and zoom as one
     distortion, cutout, mixup. Any of them can be combined. See labutils.augmentation.

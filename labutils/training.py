@@ -63,7 +63,8 @@ def train(
         Nor is what config.precision = 'auto' comes to; run.info has all of these.
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
-    the first, and ends with the same bits on the same machine.
+    the first, and ends with the same bits on the same machine; on a GPU up to cuDNN's choice of
+    algorithms, and with float32 convolutions in TF32, both as torch has them by default.
     Ctrl-C stops after the current batch, saves, and returns the unfinished run.
     Raises ValueError for bad arguments; RunError if the loss stops being finite, a checkpoint
     cannot be continued, or the runs folder cannot be written.

@@ -11,7 +11,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOK_DIR = ROOT / "notebooks"
+NOTEBOOKS = sorted(NOTEBOOK_DIR.glob("*.ipynb"))
 REPORTS = sorted((ROOT / "reports").glob("*.ipynb"))
 
 
@@ -118,3 +119,15 @@ def test_a_notebook_has_the_anatomy_that_readers_know(path):
             assert len(cell.source.splitlines()) <= 27, cell.source
     headings = re.findall(r"^## (.+)$", "\n".join(c.source for c in notebook.cells), re.MULTILINE)
     assert headings[-2:] == ["Claims", "What it means"]
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)
+def test_a_report_is_its_notebook_with_other_parameters(path):
+    report, notebook = (
+        nbformat.read(folder / path.name, as_version=4) for folder in (path.parent, NOTEBOOK_DIR)
+    )
+    tags = [cell.metadata.get("tags", []) for cell in report.cells]
+    injected = [number for number, names in enumerate(tags) if "injected-parameters" in names]
+    assert injected == [2]
+    del report.cells[2]
+    assert [cell.source for cell in report.cells] == [cell.source for cell in notebook.cells]
