@@ -11,8 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK_DIR = ROOT / "notebooks"
-NOTEBOOKS = sorted(NOTEBOOK_DIR.glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REPORTS = sorted((ROOT / "reports").glob("*.ipynb"))
 
 
@@ -123,9 +122,8 @@ def test_a_notebook_has_the_anatomy_that_readers_know(path):
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)
 def test_a_report_is_its_notebook_with_other_parameters(path):
-    report, notebook = (
-        nbformat.read(folder / path.name, as_version=4) for folder in (path.parent, NOTEBOOK_DIR)
-    )
+    report = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / path.name, as_version=4)
     tags = [cell.metadata.get("tags", []) for cell in report.cells]
     injected = [number for number, names in enumerate(tags) if "injected-parameters" in names]
     assert injected == [2]

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from labutils import plots
+from labutils.sources import CIFAR10_CLASSES
 
 
 def history(values):
@@ -148,22 +149,10 @@ def test_prices_are_short_and_there_are_enough_of_them(figures):
 
 
 def test_long_class_names_below_a_confusion_matrix_do_not_overlap():
-    names = [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
-    figure = plots.confusion(np.eye(10, dtype=int), names, title="")
+    figure = plots.confusion(np.eye(10, dtype=int), CIFAR10_CLASSES, title="")
     figure.canvas.draw()
     labels = figure.axes[0].get_xticklabels()
-    assert [label.get_text() for label in labels] == names
+    assert [label.get_text() for label in labels] == CIFAR10_CLASSES
     assert {label.get_rotation() for label in labels} == {40.0}
     short = plots.confusion(np.eye(2, dtype=int), ["cat", "dog"], title="")
     assert {label.get_rotation() for label in short.axes[0].get_xticklabels()} == {0.0}
