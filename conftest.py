@@ -1,17 +1,19 @@
 """nbval compares text to the letter; here numbers may differ a little, and times are masked.
 
 A notebook's metadata, or a cell's, can set the tolerance: {"nbval": {"rtol": 0.02, "atol": 0.05}}.
-A new number agrees with the stored one if |new - stored| <= atol + rtol * |stored|. The text
+A new number agrees with the stored one if |new - stored| <= atol + rtol * |stored|, and with "cap"
+no more than that share of |stored|, for tables that hold large numbers and small ones. The text
 between numbers must be equal, and so must whole numbers: they count things.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
 
-TOLERANCE = {"rtol": 0.02, "atol": 0.05}
+TOLERANCE = {"rtol": 0.02, "atol": 0.05, "cap": math.inf}
 NUMBER = re.compile(
     r"(?<![\w.])[-+]?\d+\.\d+(?:[eE][-+]?\d+)?(?!\w|\.\d)|(?<![\w.])[-+]?\d+[eE][-+]?\d+"
 )
@@ -22,13 +24,19 @@ class TolerantText(str):
 
     rtol: float
     atol: float
+    cap: float
 
     def __eq__(self, new: object) -> bool:
         # Columns are padded to their widest number, so the length of blanks may differ as well.
         if not isinstance(new, str) or _words(self) != _words(new):
             return False
         pairs = zip(map(float, NUMBER.findall(self)), map(float, NUMBER.findall(new)))
-        return all(abs(b - a) <= self.atol + self.rtol * abs(a) for a, b in pairs)
+        return all(abs(new - stored) <= self._allowed(abs(stored)) for stored, new in pairs)
+
+    def _allowed(self, size: float) -> float:
+        # An infinite share of 0.0 would be no number.
+        share = self.cap * size if self.cap < math.inf else math.inf
+        return min(self.atol + self.rtol * size, share)
 
     def __ne__(self, new: object) -> bool:
         return not self == new
@@ -40,9 +48,9 @@ def _words(text: str) -> list[list[str]]:
     return [part.split() for part in NUMBER.split(text)]
 
 
-def tolerant(text: str, *, rtol: float, atol: float) -> TolerantText:
+def tolerant(text: str, *, rtol: float, atol: float, cap: float) -> TolerantText:
     result = TolerantText(text)
-    result.rtol, result.atol = rtol, atol
+    result.rtol, result.atol, result.cap = rtol, atol, cap
     return result
 
 

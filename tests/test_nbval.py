@@ -43,6 +43,20 @@ CASES = {
         stored("print('acc 97.50 %')", "acc 97.40 %\n", nbval={"atol": 0.0, "rtol": 0.0}),
         False,
     ),
+    "inside the tolerance, but a large share": (
+        stored("print('loss 2.9')", "loss 1.2\n", nbval={"atol": 12.0, "cap": 0.4}),
+        False,
+    ),
+    "inside the tolerance and the share": (
+        stored(
+            "print('loss 1.6, acc 40.0')", "loss 1.2, acc 50.0\n", nbval={"atol": 12.0, "cap": 0.4}
+        ),
+        True,
+    ),
+    "inside the share, but not the tolerance": (
+        stored("print('acc 37.5')", "acc 50.0\n", nbval={"atol": 12.0, "rtol": 0.0, "cap": 0.4}),
+        False,
+    ),
     "output gone": (stored("pass", "acc 97.50 %\n"), False),
     "cell fails": (stored("print(1 / 0)", "1.0\n"), False),
 }
