@@ -39,7 +39,7 @@ def seconds_to(goal: float, run: lab.Run) -> float:
 
 def train(make: Callable[[], nn.Module], data: lab.ImageData, config: lab.TrainConfig) -> lab.Run:
     lab.seed_everything(config.seed)
-    return lab.train(make(), data, config, progress=False, track=None)
+    return lab.train(make(), data, config, progress=False, track=None, retrain=True)
 
 
 def say_where(data: lab.ImageData, n: int) -> None:

@@ -77,7 +77,8 @@ def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, pad: int) -> T
 def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
     """Rotate, zoom and shift each image at random, bilinear, with its border continued.
 
-    images: float [N, C, H, W]. Returns the same shape. The three draws are independent and uniform.
+    images: float [N, C, H, W]. Returns the same shape. The four draws, of angle, zoom
+    and both shifts, are independent and uniform.
     """
     n, _, height, width = images.shape
     draw = torch.rand(4, n, generator=generator).mul_(2).sub_(1)

@@ -161,7 +161,7 @@ class FullyConvCNN(ConvNet):
 class ResNet(ConvNet):
     """Residual network of two-layer blocks (He et al. 2016, https://arxiv.org/abs/1512.03385).
 
-    Takes images of any size. Stages: stem, stage1, stage2, ...; all but stage1 halve the size.
+    Takes images of any size. Stages: stem, stage1, stage2, ...; stage2 and later halve the size.
     depth: 18, with four stages of two blocks and projections where the shape changes; or 6n + 2 for
         the CIFAR family of section 4.2, with three stages of n blocks, where a shortcut pads the
         missing channels with zeros and so has no parameters.
@@ -206,8 +206,8 @@ class ResNet(ConvNet):
         super().__init__(stages, _average(), nn.Linear(channels, num_classes))
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
-                # Weights that keep the size of gradients (He et al. 2015,
-                # https://arxiv.org/abs/1502.01852): without them plain networks fail earlier.
+                # He et al. 2015, https://arxiv.org/abs/1502.01852, as torchvision draws them. Under
+                # batch normalisation their scale decides how far a step turns the weights.
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
 

@@ -65,7 +65,7 @@ class FastNet(ConvNet):
         if not (fits and images.is_floating_point() and min(images.shape[2:]) > 1):
             raise ValueError(
                 f"FastNet.whiten: images are {images.dtype} {list(images.shape)}. Give normalised "
-                f"ones, float [n, {layer.in_channels}, H, W]."
+                f"ones, float [n, {layer.in_channels}, H, W], n at least 1, H and W at least 2."
             )
         count, total, moments = 0, 0, 0
         for chunk in images.split(512):  # all patches at once would take gigabytes
@@ -76,7 +76,10 @@ class FastNet(ConvNet):
         mean = total / count
         covariance = moments / count - mean.outer(mean)
         if not covariance.isfinite().all():
-            raise ValueError("FastNet.whiten: images hold values that are not finite.")
+            raise ValueError(
+                "FastNet.whiten: images hold values that are not finite. Look for inf and nan "
+                "in the data set they come from."
+            )
         values, vectors = torch.linalg.eigh(covariance)
         filters = (vectors / (values.clamp(min=0) + 5e-4).sqrt()).T.flip(0)
         largest = filters.gather(1, filters.abs().argmax(1, keepdim=True))

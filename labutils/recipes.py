@@ -11,8 +11,9 @@ RECIPES = {
     # How published solutions of this lab train their convolutional networks. They stop early, but
     # do not say how patient they are.
     "control": TrainConfig(epochs=30, batch_size=128, optimizer="adam", lr=1e-3, patience=5),
-    # Crops, flips and cutout as in DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552; one
-    # cycle as in Smith and Topin 2018, https://arxiv.org/abs/1708.07120.
+    # Crops, flips and cutout after DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552, but
+    # with a smaller hole, as the training is shorter, and flips that alternate; one cycle as in
+    # Smith and Topin 2018, https://arxiv.org/abs/1708.07120.
     "ours": TrainConfig(
         epochs=30,
         batch_size=128,
