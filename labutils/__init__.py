@@ -24,7 +24,7 @@ _EXPORTS = {
     "runs": ["Run", "RunError", "publish"],
     "training": ["train"],
     "diagnostics": ["activation_stats", "gradient_norms", "summary"],
-    "notebook": ["Claims", "Score", "results", "start"],
+    "notebook": ["Claims", "Score", "mean_std", "results", "start"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 

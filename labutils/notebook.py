@@ -46,6 +46,14 @@ def start(namespace: Mapping[str, Any], /, **kinds: Any) -> None:
     )
 
 
+def mean_std(values: Sequence[float]) -> str:
+    """'mean ± sample deviation', without the deviation for one value, a dash for none."""
+    if not values:
+        return "–"
+    deviation = f"\u00a0±\u00a0{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
 @dataclass(frozen=True)
 class Score:
     """One row of results: a model over its seeds. Accuracies, precision and errors in percent."""
@@ -75,8 +83,7 @@ class Score:
 
     def text(self, *, tta: bool = False) -> str:
         """Test accuracy as 'mean ± deviation'; a single seed has no deviation."""
-        deviation = f"\u00a0±\u00a0{self.std(tta=tta):.2f}" if len(self.runs) > 1 else ""
-        return f"{self.mean(tta=tta):.2f}{deviation}"
+        return mean_std(self.values("accuracy", tta=tta))
 
 
 def results(

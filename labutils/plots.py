@@ -209,11 +209,13 @@ def dots(
     title: str,
     label: str,
     marks: Mapping[str, Mapping[str, float]] | None = None,
+    colors: Sequence[int] = (7, 9),
 ) -> Figure:
     """Groups of results side by side: one row a model, one colour a series, mean ± deviation.
 
     table: series -> model -> (mean, deviation). marks: name -> model -> value, drawn as open
-    diamonds and vertical bars: published results and targets, say.
+    diamonds and vertical bars: published results and targets, say. colors: the series' places in
+    the palette; by default none that stands for a model in the other figures of a notebook.
     """
     models = list(dict.fromkeys(model for series in table.values() for model in series))
     with _style():
@@ -225,12 +227,12 @@ def dots(
             axis.scatter(
                 list(values.values()), rows, marker=shape, s=70, color=GREY, label=name, **style
             )
-        # Not the colours that stand for models in the other figures of a notebook.
-        colors = PALETTE[7], PALETTE[9]
-        for offset, (series, values), color in zip((-0.14, 0.14), table.items(), colors):
+        for offset, (series, values), place in zip((-0.14, 0.14), table.items(), colors):
             rows = [models.index(model) + offset for model in values]
             means, deviations = zip(*values.values())
-            axis.errorbar(means, rows, xerr=deviations, fmt="o", ms=6, color=color, label=series)
+            axis.errorbar(
+                means, rows, xerr=deviations, fmt="o", ms=6, color=PALETTE[place], label=series
+            )
         axis.set_yticks(range(len(models)), models)
         axis.set_ylim(len(models) - 0.5, -0.5)
         axis.set_xlabel(label)

@@ -45,6 +45,12 @@ def test_start_names_a_parameter_of_the_wrong_type_and_what_to_do(value, kind, m
         lab.start({"profile": "quick", "epochs": value}, profile=str, epochs=kind)
 
 
+def test_numbers_are_shown_as_their_mean_and_the_deviation_of_a_sample():
+    assert lab.mean_std([1.0, 2.0, 6.0]) == "3.00\u00a0±\u00a02.65"  # the root of (4 + 1 + 9) / 2
+    assert lab.mean_std([1.234]) == "1.23"
+    assert lab.mean_std([]) == "–"
+
+
 def test_a_score_is_the_mean_and_deviation_over_seeds(runs):
     data, found = runs
     score = lab.Score(found, data)

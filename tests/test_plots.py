@@ -110,6 +110,12 @@ def test_dots_stand_at_the_means_with_models_in_order(figures):
     assert means == [[90.0], [80.0, 70.0]]
 
 
+def test_dots_of_a_model_have_the_colour_that_its_curves_have():
+    shown = plots.dots({"a": {"cat": (90.0, 1.0)}}, title="T", label="x", colors=[2])
+    (container,) = shown.axes[0].containers
+    assert container.lines[0].get_color() == plots.PALETTE[2]
+
+
 def test_lines_go_through_the_means_with_a_tick_at_every_place(figures):
     axis = figures["lines"].axes[0]
     found = {(line.get_linestyle(), line.get_label()): line for line in axis.get_lines()}
