@@ -6,7 +6,7 @@
 mnist: an MLP 64-64 to 98 %, ten epochs of a one-cycle schedule with slight distortion, five seeds.
 cifar10, one seed: to 79.18 %, the best published validation accuracy of a plain CNN, by the recipe
 of that result, through our loop, and by a narrow FastNet that is trained for two epochs; to 94 % by
-the FastNet of exercise 1.3, trained for 24.
+the FastNet of exercise 1.3, trained for 24 with smaller shifts and smoother labels than there.
 Every training starts from nothing. Its seconds are those that `labutils.train` records, validation
 after each epoch included; a goal counts as reached at the end of an epoch. Needs the real data.
 """
@@ -19,6 +19,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -98,7 +99,11 @@ def cifar10(device: str) -> None:
             lab.recipe("ours", epochs=2, ema=0.98, augment=light),
             0.7918,
         ),
-        "FastNet 64-256-256, 24 epochs": (fastnet, lab.recipe("ours", epochs=24), 0.94),
+        "FastNet 64-256-256, 24 epochs": (
+            fastnet,
+            lab.recipe("ours", epochs=24, label_smoothing=0.2, augment=replace(light, cutout=8)),
+            0.94,
+        ),
     }
     say_where(data, 1)
     print(
