@@ -15,8 +15,8 @@ import time
 import numpy as np
 import torch
 
-from labutils.config import device_name
-from labutils.synthetic import SETS, generate
+from labutils.base.settings import device_name
+from labutils.data.synthetic import SETS, generate
 
 
 def draw_time(name: str) -> float:

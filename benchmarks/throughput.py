@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import labutils as lab
-from labutils.config import device_name
-from labutils.execution import autocast, usable_precision
+from labutils.base.device import autocast, usable_precision
+from labutils.base.settings import device_name
 
 BATCH, SHAPE, CLASSES = 128, (3, 32, 32), 10
 MODELS: dict[str, Callable[[], nn.Module]] = {

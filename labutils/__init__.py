@@ -11,20 +11,20 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "config": ["Augment", "TrainConfig", "images_dir", "resolve_device", "seed_everything"],
-    "recipes": ["recipe"],
-    "synthetic": ["generate"],
-    "sources": ["DataError"],
-    "data": ["ImageData", "Split", "load_data"],
-    "models": ["MLP", "ResidualMLP", "num_parameters"],
-    "convnets": ["CNN", "FullyConvCNN", "ResNet", "SimpleCNN"],
-    "fastnet": ["FastNet"],
-    "keys": ["build"],
-    "metrics": ["Metrics", "evaluate", "predict", "reliability"],
-    "runs": ["Run", "RunError", "publish"],
-    "training": ["train"],
-    "diagnostics": ["activation_stats", "gradient_norms", "summary"],
-    "notebook": ["Claims", "Score", "mean_std", "results", "start"],
+    "base.settings": ["Augment", "TrainConfig", "images_dir", "resolve_device", "seed_everything"],
+    "base.recipes": ["recipe"],
+    "data.synthetic": ["generate"],
+    "data.sources": ["DataError"],
+    "data.load": ["ImageData", "Split", "load_data"],
+    "models.registry": ["MLP", "ResidualMLP", "num_parameters"],
+    "models.convnets": ["CNN", "FullyConvCNN", "ResNet", "SimpleCNN"],
+    "models.fastnet": ["FastNet"],
+    "training.key": ["build"],
+    "evaluation.metrics": ["Metrics", "evaluate", "predict", "reliability"],
+    "training.runs": ["Run", "RunError", "publish"],
+    "training.loop": ["train"],
+    "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary"],
+    "notebook.experiment": ["Claims", "Score", "mean_std", "results", "start"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .config import data_dir, project_dir
+from .base.settings import data_dir, project_dir
 
 RUN_EXAMPLES = """\
 examples:
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from . import batch
+    from .notebook import batch
 
     given: dict[str, Any] = {name: yaml.safe_load(value) for name, value in parsed.parameter}
     full = parsed.profile == "full"
@@ -130,7 +130,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
-    from . import batch, sweep
+    from .notebook import batch, sweep
 
     notebooks = batch.find_notebooks(parsed.notebook)
     if parsed.notebook == "all" or len(notebooks) > 1:
@@ -144,8 +144,8 @@ def _sweep(parsed: argparse.Namespace) -> int:
 
 
 def _data(parsed: argparse.Namespace) -> int:
-    from .data import load_data
-    from .sources import EMBEDDED, KNOWN
+    from .data.load import load_data
+    from .data.sources import EMBEDDED, KNOWN
 
     if not parsed.names:
         for name in EMBEDDED:
@@ -162,7 +162,7 @@ def _data(parsed: argparse.Namespace) -> int:
 
 
 def _results(parsed: argparse.Namespace) -> int:
-    from .batch import write_results
+    from .notebook.batch import write_results
 
     rows = write_results(project_dir())
     print(f"{len(rows)} rows in reports/results.json and README.md")

@@ -3,7 +3,7 @@
 import pytest
 
 from labutils import __main__ as cli
-from labutils import batch
+from labutils.notebook import batch
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from labutils import plots
-from labutils.sources import CIFAR10_CLASSES
+from labutils.data.sources import CIFAR10_CLASSES
 
 
 def history(values):

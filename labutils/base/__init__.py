@@ -1,0 +1,1 @@
+"""Settings, files and devices: what every other room stands on."""

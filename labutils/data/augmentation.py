@@ -1,0 +1,141 @@
+"""Random changes of training images, made for whole batches on the device that holds them.
+
+What is drawn comes from the CPU and depends on a key alone, so that a run that is taken up in the
+middle of an epoch sees the same images; so does every device, but for distortion, of which as many
+images are drawn at once as suit the device. `data` decides what is drawn when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..base.settings import Augment
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """Random numbers that depend on the key alone: drawn on the CPU, the same for every device."""
+    return torch.Generator().manual_seed(_seed(key))
+
+
+def require_fit(augment: Augment, image_shape: Sequence[int]) -> None:
+    """Raise ValueError if images of shape (C, H, W) are too small for a setting."""
+    height, width = image_shape[-2:]
+    side = min(height, width)
+    for name, value, largest, why in (
+        ("crop", augment.crop, side - 1, "mirroring the border adds"),
+        ("cutout", augment.cutout, side, "the blanked square measures"),
+    ):
+        if value > largest:
+            raise ValueError(
+                f"Augment: {name} = {value} with images of {height}x{width} pixels: {why} at most "
+                f"{largest}. Choose a smaller {name}, or 0 to leave it out."
+            )
+
+
+def draw_flips(count: int, flip: str, seed: int, epoch: int) -> Tensor:
+    """Which of the images an epoch shows flipped: bool [count]. flip: as in Augment."""
+    if flip == "none":
+        return torch.zeros(count, dtype=torch.bool)
+    key = ("flip", seed, epoch) if flip == "random" else ("flip", seed)
+    drawn = torch.rand(count, generator=generator(*key)) < 0.5
+    return drawn if flip == "random" or epoch % 2 == 0 else ~drawn
+
+
+def draw_pixels(count: int, sizes: Sequence[int], *key: int | str) -> Tensor:
+    """Uniform whole numbers below each of two sizes: int64 [count, 2]."""
+    source = generator(*key)
+    return torch.stack([torch.randint(n, (count,), generator=source) for n in sizes], dim=1)
+
+
+def draw_shares(count: int, alpha: float, *key: int | str) -> list[float]:
+    """Numbers in [0, 1] from Beta(alpha, alpha)."""
+    return np.random.default_rng(_seed(key)).beta(alpha, alpha, count).tolist()
+
+
+def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, pad: int) -> Tensor:
+    """Pad each image with its mirrored border, cut its size out again, perhaps left for right.
+
+    images: any dtype [N, C, H, W]. corners: int64 [N, 2], row and column of the window's corner in
+    the padded image, 0 to 2 pad. flips: bool [N]. Returns the shape of images.
+    Nothing is padded in fact: one gather looks each pixel up, which takes less time and memory.
+    """
+    n, channels, height, width = images.shape
+    rows = _mirrored(height, pad, images.device)[corners[:, :1] + _counted(height, images)]
+    columns = _mirrored(width, pad, images.device)[corners[:, 1:] + _counted(width, images)]
+    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    places = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1)
+    return images.flatten(2).gather(2, places.expand(-1, channels, -1)).view_as(images)
+
+
+def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
+    """Rotate, zoom and shift each image at random, bilinear, with its border continued.
+
+    images: float [N, C, H, W]. Returns the same shape. The four draws, of angle, zoom
+    and both shifts, are independent and uniform.
+    """
+    n, _, height, width = images.shape
+    draw = torch.rand(4, n, generator=generator).mul_(2).sub_(1)
+    draw = draw.to(images.device, non_blocking=True)
+    angle, zoom = draw[0] * math.radians(augment.rotate), 1 + draw[1] * augment.zoom
+    shift_x = draw[2] * (2 * augment.translate / width)
+    shift_y = draw[3] * (2 * augment.translate / height)
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    # Grid coordinates run from -1 to 1 on both axes, so a rotation scales by the aspect ratio.
+    row_x = torch.stack([cos, -sin * (height / width), shift_x], dim=1)
+    row_y = torch.stack([sin * (width / height), cos, shift_y], dim=1)
+    # One product for the whole batch; F.affine_grid makes one an image, ten times as slow.
+    pixels = F.affine_grid(
+        torch.eye(2, 3, device=images.device)[None], (1, 1, height, width), False
+    )
+    base = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=-1).view(-1, 3)
+    grid = torch.stack([row_x, row_y], dim=1).view(-1, 3) @ base.T
+    grid = grid.view(n, 2, height, width).permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def blank(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Set a square of each image to 0, in place: cutout (https://arxiv.org/abs/1708.04552).
+
+    images: float [N, C, H, W], normalised, so that 0 is the mean pixel. centres: int64 [N, 2], row
+    and column. The square reaches from side // 2 pixels before its centre on; what lies beyond the
+    border is cut off. Returns images.
+    """
+    first = centres - side // 2
+    rows, columns = (
+        (_counted(size, images) >= start) & (_counted(size, images) < start + side)
+        for size, start in zip(images.shape[2:], first.split(1, dim=1))
+    )
+    return images.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0)
+
+
+def mix(images: Tensor, labels: Tensor, share: float, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Blend each image and its label with the ones before it: mixup (Zhang et al. 2018).
+
+    https://arxiv.org/abs/1710.09412. images: float [n, C, H, W]. labels: int64 [n]. share: of the
+    image itself, in [0, 1]. The batch has to be in random order, as any image is then a partner.
+    Returns the images and the labels as probabilities, float32 [n, num_classes]. Cross-entropy with
+    these equals share x cross-entropy with the label + (1 - share) x that with the partner's.
+    """
+    targets = F.one_hot(labels, num_classes).float()
+    return tuple(torch.lerp(own.roll(1, 0), own, share) for own in (images, targets))
+
+
+def _seed(key: tuple[int | str, ...]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
+def _mirrored(size: int, pad: int, device: torch.device) -> Tensor:
+    """The place in the image of each place in the padded image, along one axis: reflection."""
+    place = torch.arange(-pad, size + pad, device=device).abs()
+    return size - 1 - (size - 1 - place).abs()
+
+
+def _counted(size: int, images: Tensor) -> Tensor:
+    return torch.arange(size, device=images.device)

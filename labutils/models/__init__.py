@@ -1,0 +1,1 @@
+"""The networks, and a registry that builds them by name."""

@@ -1,0 +1,1 @@
+"""One training: the loop, its checkpoints, the store of finished runs."""

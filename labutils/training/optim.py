@@ -1,0 +1,69 @@
+"""What a recipe decides on the way: the optimizer, its learning rate, when to stop.
+
+All of it follows from the config and from what has happened, so there is no state to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..base.settings import TrainConfig
+
+
+def stop_reason(rows: Sequence[dict[str, float]], config: TrainConfig) -> str | None:
+    """Why training ends after these epochs; None if it goes on.
+
+    Stagnation: `patience` epochs without a gain of more than min_delta in config.monitor.
+    Overfitting: val loss above its lowest by more than overfit_delta, `overfit_patience` in a row.
+    """
+    sign = 1 if config.monitor == "val_loss" else -1
+    best, waited, lowest, above = math.inf, 0, math.inf, 0
+    for row in rows:
+        value = sign * row[config.monitor]
+        best, waited = (value, 0) if value < best - config.min_delta else (best, waited + 1)
+        lowest = min(lowest, row["val_loss"])
+        above = above + 1 if row["val_loss"] > lowest + config.overfit_delta else 0
+    if config.patience and waited >= config.patience:
+        return f"stagnation: no better {config.monitor} for {waited} epochs"
+    if config.overfit_patience and above >= config.overfit_patience:
+        return f"overfitting: val_loss above its best for {above} epochs"
+    return f"finished all {config.epochs} epochs" if len(rows) >= config.epochs else None
+
+
+def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step as a fraction of config.lr.
+
+    A function of the step alone, so that a schedule has no state to save. onecycle rises from 1/25
+    over the first 30 % and falls to almost 0, both along a cosine (Smith and Topin 2018,
+    https://arxiv.org/abs/1708.07120; the numbers are those of torch's OneCycleLR).
+    """
+    total = config.epochs * steps_per_epoch
+    if config.schedule == "onecycle":
+        peak = 0.3 * total - 1
+        if step <= peak:
+            return _cosine(1 / 25, 1, step / peak if peak else 1.0)
+        return _cosine(1, 1 / 25e4, (step - peak) / (total - 1 - peak))
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "cosine": _cosine(1, 0, done), "linear": 1 - done}[config.schedule]
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """A fused torch optimizer over the parameters that require a gradient."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
+        parameters, **common
+    )

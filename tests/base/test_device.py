@@ -1,0 +1,183 @@
+"""Precision, memory format, compilation and threads: what is used, and what happens without it."""
+
+import functools
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.exc import InductorError
+
+import labutils as lab
+from labutils.base import device
+from labutils.base.device import Forward
+
+CPU, SHAPE = torch.device("cpu"), (3, 16, 16)
+NETWORKS = {
+    "SimpleCNN": lambda: lab.SimpleCNN(SHAPE, 4, widths=[4, 8], hidden=8),
+    "CNN": lambda: lab.CNN(SHAPE, 4, widths=[4, 8], dropout=0.0),
+    "FullyConvCNN": lambda: lab.FullyConvCNN(SHAPE, 4, layers=[4, 8], dropout=0.0),
+    "ResNet-18": lambda: lab.ResNet(SHAPE, 4, width=8),
+    "ResNet-8": lambda: lab.ResNet(SHAPE, 4, depth=8, width=4),
+    "FastNet": lambda: lab.FastNet(SHAPE, 4, widths=[8, 8]),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    torch.manual_seed(0)
+    return NETWORKS[request.param]()
+
+
+def images(count=5):
+    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "usable"),
+    [(False, False, "float32"), (True, False, "bf16"), (False, True, "bf16")],
+)
+def test_bf16_is_used_only_where_the_processor_computes_it(monkeypatch, amx, avx512, usable):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    found = [device.usable_precision(asked, CPU) for asked in ("float32", "auto", "bf16")]
+    assert found == ["float32", usable, usable]
+
+
+def test_bf16_is_not_used_where_onednn_is_told_to_do_without():
+    code = """if True:
+        import torch
+        from labutils.base.device import usable_precision
+
+        print(usable_precision("auto", torch.device("cpu")))
+    """
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=limited, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["float32"]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_that_would_emulate_bf16_is_not_asked_to(monkeypatch, supported):
+    def is_supported(including_emulation=True):
+        return supported or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    found = device.usable_precision("auto", torch.device("cuda", 0))
+    assert found == ("bf16" if supported else "float32")
+    assert device.usable_precision("bf16", torch.device("mps")) == "float32"
+
+
+def test_every_map_of_a_convolutional_network_is_channels_last(network):
+    seen = {}
+
+    def note(name):
+        def hook(layer, inputs, output):
+            if output.ndim == 4 and min(output.shape[1:]) > 1:
+                seen[name] = output.is_contiguous(memory_format=torch.channels_last)
+
+        return hook
+
+    for name, layer in network.named_modules():
+        layer.register_forward_hook(note(name))
+    device.prefer_channels_last(network, CPU)
+    network(images())
+    assert len(seen) > 3
+    assert all(seen.values()), seen
+
+
+def test_the_memory_format_changes_no_number(network):
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    expected = network.eval()(images())
+    device.prefer_channels_last(network, CPU)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+    torch.testing.assert_close(network(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: lab.MLP(12, [4], 3), lambda: lab.ResNet(SHAPE, 4, width=7)]
+)
+def test_a_perceptron_and_a_network_with_narrow_projections_stay_as_they_are(make):
+    model = make()
+    pointers = [p.data_ptr() for p in model.parameters()]
+    device.prefer_channels_last(model, CPU)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bf16_is_near_float32_and_trains_weights_in_float32(network, monkeypatch, there):
+    monkeypatch.setattr(device, "_computes_bf16", lambda device: there)
+    expected = network(images())
+    forward = Forward(network, "auto", CPU)
+    assert forward.precision == ("bf16" if there else "float32")
+    for _ in range(2):
+        logits = forward(images())
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
+    logits.square().sum().backward()
+    grads = [p.grad for p in network.parameters() if p.requires_grad]
+    assert {grad.dtype for grad in grads} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_compiled_model_equals_the_model_and_keeps_its_names(monkeypatch):
+    # The compiler itself takes too long for a test; what is compiled for it does not.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.manual_seed(0)
+    model = NETWORKS["SimpleCNN"]()
+    names, failures = list(model.state_dict()), []
+    expected = model(images())
+    forward = Forward(model, "float32", CPU)
+    forward.compile(failures.append)
+    for count in (5, 2, 5):
+        torch.testing.assert_close(forward(images(5)[:count]), expected[:count])
+    assert forward.compiled
+    assert list(model.state_dict()) == names
+    assert not failures
+
+
+def not_at_all(model, **options):
+    raise RuntimeError("torch.compile is not supported on Python 4\nat all")
+
+
+def not_when_called(model, **options):
+    def call(images):
+        raise InductorError(RuntimeError("No working C++ compiler found\nin g++"), None)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("fake", "why"), [(not_at_all, "on Python 4"), (not_when_called, "No working C++ compiler")]
+)
+def test_a_model_that_cannot_be_compiled_is_called_as_it_is(monkeypatch, fake, why):
+    monkeypatch.setattr(torch, "compile", fake)
+    model, failures = NETWORKS["CNN"](), []
+    expected = model(images())
+    forward = Forward(model, "float32", CPU)
+    forward.compile(failures.append)
+    for _ in range(2):
+        torch.testing.assert_close(forward(images()), expected, rtol=1e-4, atol=1e-5)
+    assert not forward.compiled
+    [failure] = failures
+    assert why in failure
+    assert "\n" not in failure
+
+
+def test_a_convolution_is_not_kept_to_one_thread():
+    linear, conv = lab.MLP(36, [8], 3), nn.Conv2d(1, 2, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for model, count in ((linear, 1), (conv, 2), (lab.MLP(784, [600, 600], 10), 2)):
+            with device.threads(model, 128, CPU):
+                assert torch.get_num_threads() == count
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,565 @@
+"""Finding, checking, downloading and decoding data sets."""
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import random
+import socket
+import struct
+import tarfile
+from http.client import BadStatusLine
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision import datasets
+
+from labutils.base.settings import data_dir
+from labutils.data import sources, synthetic
+from labutils.data.sources import DataError
+
+BLANK = np.zeros((60, 6, 6), np.uint8)
+BAD_ARRAYS = {
+    "missing array": ({"y_test": None}, "y_test is not a file"),
+    "float images": ({"x_train": BLANK / 1.0}, "x_train is float64 (60, 6, 6)"),
+    "flat images": ({"x_train": BLANK.reshape(60, 36)}, "x_train is uint8 (60, 36)"),
+    "five channels": ({"x_train": np.zeros((60, 6, 6, 5), np.uint8)}, "(60, 6, 6, 5)"),
+    "no pixels": ({"x_train": BLANK[:, :0]}, "x_train is uint8 (60, 0, 6)"),
+    "negative labels": ({"y_train": np.arange(60) - 1}, "y_train holds the label -1"),
+    "float labels": ({"y_train": np.zeros(60)}, "y_train is float64 (60,)"),
+    "one-hot labels": ({"y_train": np.eye(60, dtype=int)}, "y_train is int64 (60, 60)"),
+    "lengths": ({"y_train": np.zeros(59, int)}, "60 images and y_train 59 labels"),
+    "empty": ({"x_test": BLANK[:0], "y_test": np.zeros(0, int)}, "x_test holds 0 images"),
+    "sizes": ({"x_test": BLANK[:20, :5]}, "x_train is (60, 6, 6), x_test (20, 5, 6)"),
+}
+SINGLE_ARRAY = io.BytesIO()
+np.save(SINGLE_ARRAY, BLANK)
+NOT_NPZ = [b"", b"labels,pixels\n1,2\n", b"PK\x03\x04", b"\x93NUMPY", SINGLE_ARRAY.getvalue()]
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)]
+GREYS = [(0, 0, 0), (128, 128, 128), (200, 200, 200), (255, 255, 255)]
+
+
+@pytest.fixture
+def mnist():
+    """MNIST as torchvision leaves it, with 12 and 5 random images; returns the arrays."""
+    return write_mnist(data_dir())
+
+
+def write_mnist(root: Path) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in ("train", 12), ("t10k", 5):
+        arrays[f"{split}-images-idx3-ubyte"] = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        arrays[f"{split}-labels-idx1-ubyte"] = rng.integers(0, 10, count, np.uint8)
+    (root / "MNIST" / "raw").mkdir(parents=True)
+    for name, array in arrays.items():
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (root / "MNIST" / "raw" / name).write_bytes(header + array.tobytes())
+    return arrays
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Write one image for each 'split/class/file' under a new folder; returns the folder."""
+
+    def write(images: dict[str, Image.Image], **options) -> Path:
+        for name, image in images.items():
+            path = tmp_path / "tree" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path, **options)
+        return tmp_path / "tree"
+
+    return write
+
+
+def plain(value: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
+    return Image.new("RGB", size, (value, value, value))
+
+
+def decoded(tree, image: Image.Image, suffix: str, size: int, **options) -> np.ndarray:
+    root = tree({f"train/a/x{suffix}": image, f"val/a/x{suffix}": image}, **options)
+    return sources.read(f"folder:{root}", image_size=size).train[0][0].transpose(1, 2, 0)
+
+
+def striped(pixels: list, dtype=np.uint8) -> Image.Image:
+    """A square image, one column for each pixel."""
+    return Image.fromarray(np.array([pixels] * len(pixels), dtype))
+
+
+def test_an_unknown_name_gets_a_suggestion_and_the_known_names():
+    with pytest.raises(ValueError, match=r"unknown data set 'minst'\. Did you mean 'mnist'\?") as e:
+        sources.read("minst")
+    for known in [*sources.EMBEDDED, *sources.KNOWN, "folder:PATH", f"{data_dir()}/NAME.npz"]:
+        assert known in str(e.value)
+    with pytest.raises(ValueError, match="unknown data set 'xyz'") as e:
+        sources.read("xyz")
+    assert "Did you mean" not in str(e.value)
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    raw = sources.read("digits")
+    images = np.concatenate([raw.train[0], raw.test[0]])[:, 0]
+    assert (len(raw.train[1]), len(raw.test[1])) == (1347, 450)
+    expected = np.rint(load_digits().images * 255 / 16)
+    assert sorted(map(bytes, images)) == sorted(map(bytes, expected.astype(np.uint8)))
+    assert abs(np.bincount(raw.test[1]) - np.bincount(load_digits().target) / 1797 * 450).max() < 1
+
+
+@pytest.mark.parametrize(("name", "side"), [("shapes10", 32), ("shapes100", 32), ("scenes10", 96)])
+def test_generated_sets_are_read_like_the_others(name, side, monkeypatch):
+    small = dataclasses.replace(synthetic.SETS[name], train=200, test=100)
+    monkeypatch.setitem(synthetic.SETS, name, small)
+    raw = sources.read(name)
+    for (images, labels), count, seed in (raw.train, 200, 0), (raw.test, 100, 1):
+        drawn = synthetic.generate(name, count, seed)
+        assert images.shape == (count, 3, side, side)
+        np.testing.assert_array_equal(images, drawn.images)
+        np.testing.assert_array_equal(labels, drawn.labels)
+    assert (raw.source, raw.classes, raw.val) == ("labutils.synthetic", drawn.classes, None)
+
+
+def test_npz_files_of_grey_and_colour_images_are_read(write_npz):
+    grey, colour = BLANK + np.arange(6, dtype=np.uint8), np.stack([BLANK, BLANK + 1, BLANK + 2], -1)
+    column = (np.arange(60) % 3).astype(np.uint8)[:, None]
+    write_npz("grey", x_train=grey, y_train=column)
+    write_npz("colour", x_train=colour, x_test=colour[:20])
+    raw = sources.read("grey")
+    assert raw.train[0].shape == (60, 1, 6, 6)
+    np.testing.assert_array_equal(raw.train[0][:, 0], grey)
+    np.testing.assert_array_equal(raw.train[1], np.arange(60) % 3)
+    assert (raw.source, raw.classes, raw.val) == ("grey.npz", ("0", "1", "2"), None)
+    assert raw.train[0].dtype == np.uint8
+    assert raw.train[1].dtype == np.int64
+    raw = sources.read("colour")
+    assert raw.train[0].shape == (60, 3, 6, 6)
+    assert raw.test[0][0, :, 4, 5].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("replaced", "problem"), BAD_ARRAYS.values(), ids=BAD_ARRAYS)
+def test_a_wrong_array_is_named_with_what_is_expected(write_npz, replaced, problem):
+    path = write_npz(**replaced)
+    with pytest.raises(DataError, match=r"images uint8 .* 1 or 3 channels, labels whole") as caught:
+        sources.read("tiny")
+    assert str(path) in str(caught.value)
+    assert problem in str(caught.value)
+
+
+def test_pickled_objects_are_never_loaded(write_npz, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return open, (str(tmp_path / "executed"), "w")
+
+    write_npz(y_train=np.array([Payload()] * 60, dtype=object))
+    with pytest.raises(DataError, match=r"tiny\.npz cannot be read .*allow_pickle"):
+        sources.read("tiny")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", NOT_NPZ)
+def test_a_file_that_is_no_npz_is_named(write_npz, content):
+    write_npz().write_bytes(content)
+    with pytest.raises(DataError, match=r"tiny\.npz cannot be read .*Replace the file"):
+        sources.read("tiny")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damage_anywhere_in_an_npz_is_named_or_harmless(write_npz, save):
+    path = write_npz()
+    with np.load(path) as file:
+        save(path, **file)
+    whole, rng = path.read_bytes(), random.Random(0)
+    harmless = 0
+    for attempt in range(200):
+        damaged = bytearray(whole)
+        if attempt % 4 == 0:
+            del damaged[rng.randrange(len(whole)) :]
+        else:
+            for _ in range(3):
+                damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            sources.read("tiny")
+            harmless += 1
+    assert harmless < 100
+
+
+def test_class_names_lie_beside_the_npz(write_npz):
+    names = write_npz().with_name("tiny_names.json")
+    names.write_text('["cat", "dog", "Füchse"]', encoding="utf-8")
+    assert sources.read("tiny").classes == ("cat", "dog", "Füchse")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('["cat", "dog"]', "labels up to 2, but 2 class names are known for 'tiny'"),
+        ("[]", "but 0 class names"),
+        ("cat\ndog", "not a JSON list"),
+        ('{"0": "cat", "1": "dog", "2": "fox"}', "not a JSON list"),
+        ("null", "not a JSON list"),
+        ("3", "not a JSON list"),
+    ],
+)
+def test_bad_class_names_are_refused(write_npz, text, problem):
+    names = write_npz().with_name("tiny_names.json")
+    names.write_text(text)
+    with pytest.raises(DataError, match=problem) as caught:
+        sources.read("tiny")
+    assert str(names) in str(caught.value)
+
+
+def test_torchvisions_files_are_read(mnist):
+    raw = sources.read("mnist")
+    for split, (images, labels) in ("train", raw.train), ("t10k", raw.test):
+        np.testing.assert_array_equal(images[:, 0], mnist[f"{split}-images-idx3-ubyte"])
+        np.testing.assert_array_equal(labels, mnist[f"{split}-labels-idx1-ubyte"])
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
+    assert raw.source == "torchvision MNIST"
+    assert raw.classes == tuple("0123456789")
+
+
+def test_an_npz_comes_before_torchvisions_files(mnist, write_npz):
+    write_npz("mnist")
+    raw = sources.read("mnist")
+    assert raw.source == "mnist.npz"
+    assert raw.train[0].shape == (60, 1, 6, 6)
+    assert raw.classes == tuple("0123456789")
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def drop_one_label(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:7] + bytes([content[7] - 1]) + content[8:-1])
+
+
+def relabel(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"\xc8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (shorten, "train-images-idx3-ubyte"),
+        (shorten, "t10k-labels-idx1-ubyte"),
+        (Path.unlink, "t10k-images-idx3-ubyte"),
+        (relabel, "train-labels-idx1-ubyte"),
+        (drop_one_label, "train-labels-idx1-ubyte"),
+        (lambda path: path.write_bytes(b"garbage"), "train-images-idx3-ubyte"),
+        (lambda path: path.write_bytes(b""), "train-labels-idx1-ubyte"),
+        (lambda path: path.write_bytes(gzip.compress(path.read_bytes())), "t10k-images-idx3-ubyte"),
+    ],
+)
+def test_damaged_torchvision_files_name_the_folder_and_the_way_out(mnist, damage, name):
+    damage(data_dir() / "MNIST" / "raw" / name)
+    with pytest.raises(DataError, match="is damaged or incomplete") as caught:
+        sources.read("mnist")
+    for part in data_dir() / "MNIST", "Delete that folder and run again", data_dir() / "mnist.npz":
+        assert str(part) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_torchvisions_own_checks_are_passed_on(name):
+    folder = data_dir() / sources.KNOWN[name].folder
+    folder.mkdir(parents=True)
+    (folder / "data_batch_1").write_bytes(b"garbage")
+    with pytest.raises(DataError, match="damaged or incomplete") as caught:
+        sources.read(name)
+    assert str(folder) in str(caught.value)
+
+
+def test_colour_images_of_torchvision_get_their_channels_first(monkeypatch):
+    class Cifar:
+        classes = ("apple", "bear")
+
+        def __init__(self, root, train):
+            self.data = np.arange(4 * 2 * 2 * 3, dtype=np.uint8).reshape(4, 2, 2, 3)
+            self.targets = [0, 1, 1, 0]
+
+    (data_dir() / "cifar-100-python").mkdir(parents=True)
+    monkeypatch.setattr(datasets, "CIFAR100", Cifar)
+    raw = sources.read("cifar100")
+    assert raw.train[0][0, :, 1, 0].tolist() == [6, 7, 8]
+    assert raw.train[0].flags.c_contiguous
+    assert raw.classes == ("apple", "bear")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [URLError("no route"), RuntimeError("corrupt"), BadStatusLine("<html>"), tarfile.ReadError()],
+)
+def test_a_failed_download_explains_itself_and_leaves_nothing(monkeypatch, error, begun):
+    def fetch(root, **options):
+        if begun:
+            (Path(root) / "MNIST" / "raw").mkdir(parents=True)
+            (Path(root) / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(datasets, "MNIST", fetch)
+    with pytest.raises(DataError, match="'mnist' is not on disk and could not be down") as caught:
+        sources.read("mnist")
+    looked_for = [data_dir() / "mnist.npz", data_dir() / "MNIST"]
+    ways = ["1. connect", "2. copy mnist.npz", "3. set LABUTILS_DATA", "load_data('digits')"]
+    for part in [str(error) or "ReadError", *looked_for, *ways]:
+        assert str(part) in str(caught.value)
+    assert list(data_dir().iterdir()) == []
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "stand_in"),
+    [("cifar10", "shapes10"), ("cifar100", "shapes100"), ("imagenette", "scenes10")],
+)
+def test_a_failed_download_names_the_embedded_set_that_is_most_alike(monkeypatch, name, stand_in):
+    def fetch(root, **options):
+        raise URLError("no route")
+
+    monkeypatch.setattr(datasets, sources.KNOWN[name].dataset, fetch)
+    with pytest.raises(DataError, match=rf"embedded load_data\('{stand_in}'\) answers"):
+        sources.read(name)
+    assert stand_in in sources.EMBEDDED
+
+
+def test_an_interrupted_download_leaves_nothing(monkeypatch):
+    def fetch(root, **options):
+        write_mnist(Path(root))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(datasets, "MNIST", fetch)
+    with pytest.raises(KeyboardInterrupt):
+        sources.read("mnist")
+    assert list(data_dir().iterdir()) == []
+
+
+def test_a_download_takes_its_place_when_it_is_whole(monkeypatch):
+    whole = datasets.MNIST
+
+    def fetch(root, train=True, download=False):
+        if download:
+            write_mnist(Path(root))
+            assert not (data_dir() / "MNIST").exists()
+        return whole(root, train=train)
+
+    monkeypatch.setattr(datasets, "MNIST", fetch)
+    assert len(sources.read("mnist").train[1]) == 12
+    assert [path.name for path in data_dir().iterdir()] == ["MNIST"]
+    monkeypatch.setattr(datasets, "MNIST", whole)
+    assert len(sources.read("mnist").test[1]) == 5
+
+
+def test_imagenette_is_fetched_as_a_folder_with_readable_names(monkeypatch):
+    def fetch(root, split, size, download):
+        for name in "train", "val":
+            for wnid in "n01440764", "n03888257":
+                folder = Path(root) / "imagenette2-160" / name / wnid
+                folder.mkdir(parents=True)
+                plain(120, (30, 20)).save(folder / "x.JPEG")
+
+    monkeypatch.setattr(datasets, "Imagenette", fetch)
+    raw = sources.read("imagenette")
+    assert raw.classes == ("tench", "parachute")
+    assert raw.train[0].shape == (2, 3, 128, 128)
+    assert sources.read("imagenette", image_size=16).test[0].shape == (2, 3, 16, 16)
+
+
+GREY_STRIPES = [value for value, _, _ in GREYS]
+MODES = {
+    "RGB": (striped(COLOURS), ".png", {}, COLOURS),
+    "palette": (striped(COLOURS).quantize(4), ".png", {}, COLOURS),
+    "palette with transparency": (
+        *(striped(COLOURS).quantize(4), ".png"),
+        *({"transparency": b"\x00\x80\xff\x10"}, COLOURS),
+    ),
+    "RGBA": (striped([(*rgb, 40) for rgb in COLOURS]), ".png", {}, COLOURS),
+    "CMYK": (striped(COLOURS).convert("CMYK"), ".tif", {}, COLOURS),
+    "grey": (striped(GREY_STRIPES), ".png", {}, GREYS),
+    "grey with alpha": (striped(GREY_STRIPES).convert("LA"), ".png", {}, GREYS),
+    "16 bits": (striped([v * 257 for v in GREY_STRIPES], np.uint16), ".png", {}, GREYS),
+    "16 bits in tiff": (striped([v * 257 for v in GREY_STRIPES], np.uint16), ".tif", {}, GREYS),
+    "bits": (striped([0, 0, 255, 255]).convert("1"), ".png", {}, [GREYS[i] for i in (0, 0, 3, 3)]),
+}
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(("image", "suffix", "options", "pixels"), MODES.values(), ids=MODES)
+def test_every_mode_of_image_becomes_rgb(tree, image, suffix, options, pixels):
+    np.testing.assert_array_equal(decoded(tree, image, suffix, 4, **options), [pixels] * 4)
+
+
+def test_the_cameras_orientation_is_followed(tree):
+    image = striped(COLOURS)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the first column is the top row
+    found = decoded(tree, image, ".png", 4, exif=exif)
+    np.testing.assert_array_equal(found, np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((40, 24), (8, 0, 32, 24)), ((18, 30), (0, 6, 18, 24)), ((5, 5), (0, 0, 5, 5))],
+)
+def test_the_centre_is_cut_out_and_scaled(tree, size, box):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    expected = image.resize((12, 12), Image.Resampling.BILINEAR, box=box)
+    np.testing.assert_array_equal(decoded(tree, image, ".png", 12), np.asarray(expected))
+
+
+def test_a_large_jpeg_looks_the_same_after_its_fast_decoding(tree):
+    # Waves that are lost when the file is decoded at less than the size asked for.
+    waves = np.add.outer(np.sin(np.arange(300) / 4), np.cos(np.arange(400) / 5))
+    image = Image.fromarray((128 + 60 * waves).astype(np.uint8)).convert("RGB")
+    expected = image.resize((100, 100), Image.Resampling.BILINEAR, box=(50, 0, 350, 300))
+    found = decoded(tree, image, ".jpg", 100, quality=95)
+    assert abs(found.astype(int) - np.asarray(expected)).mean() < 3
+
+
+def test_a_folder_gives_its_splits_classes_and_labels(tree):
+    images = {"train/b/1.png": plain(11), "train/a/1.png": plain(10), "train/a/2.jpg": plain(12)}
+    images |= {"val/a/1.png": plain(20), "val/b/1.png": plain(21)}
+    root = tree(images)
+    raw = sources.read(f"folder:{root}")
+    assert raw.train[0].shape == (3, 3, 64, 64)
+    assert labelled(raw.train) == {(10, 0), (12, 0), (11, 1)}
+    assert labelled(raw.test) == {(20, 0), (21, 1)}
+    assert (raw.classes, raw.val) == (("a", "b"), None)
+    tree({"test/a/1.png": plain(30), "test/b/1.png": plain(31), "test/b/2.png": plain(32)})
+    raw = sources.read(f"folder:{root}")
+    assert labelled(raw.val) == {(20, 0), (21, 1)}
+    assert labelled(raw.test) == {(30, 0), (31, 1), (32, 1)}
+
+
+def labelled(split) -> set[tuple[int, int]]:
+    """The grey and the label of each image of a split of plain images."""
+    images, labels = split
+    return set(zip(images[:, 0, 0, 0].tolist(), labels.tolist(), strict=True))
+
+
+def test_the_first_images_of_a_folder_are_not_all_of_one_class(tree):
+    images = {f"train/{name}/{n}.png": plain(n) for name in "abc" for n in range(20)}
+    root = tree(images | {f"val/{name}/1.png": plain(1) for name in "abc"})
+    first, again = (sources.read(f"folder:{root}").train for _ in range(2))
+    assert set(first[1][:10]) == {0, 1, 2}
+    assert np.bincount(first[1]).tolist() == [20, 20, 20]
+    assert (first[0] == again[0]).all()
+    assert (first[1] == again[1]).all()
+
+
+def odd_tiff() -> bytes:
+    """A TIFF that gives the place of its pixels as text, which Pillow reports as a TypeError."""
+    file = io.BytesIO()
+    plain(1).save(file, "TIFF")
+    return file.getvalue().replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("short.jpg", None),
+        ("odd.tif", odd_tiff()),
+        ("text.png", b"not an image"),
+        ("empty.jpg", b""),
+    ],
+)
+def test_a_damaged_image_is_named_and_nothing_is_cached(tree, name, content):
+    root = tree({"train/a/x.jpg": plain(1, (60, 60)), "val/a/x.jpg": plain(1, (60, 60))})
+    whole = (root / "train" / "a" / "x.jpg").read_bytes()
+    (root / "train" / "a" / name).write_bytes(whole[:-40] if content is None else content)
+    with pytest.raises(DataError, match=f"{name} cannot be decoded .*Replace or remove the file"):
+        sources.read(f"folder:{root}")
+    assert not list(data_dir().rglob("*"))
+
+
+def test_an_incomplete_folder_says_what_is_needed(tree, tmp_path):
+    with pytest.raises(DataError, match="holds none of train/, val/, test/") as caught:
+        sources.read(f"folder:{tmp_path / 'absent'}")
+    assert str(tmp_path / "absent") in str(caught.value)
+    root = tree({"val/a/1.png": plain(0)})
+    with pytest.raises(DataError, match=r"holds val of .*Needed: train/CLASS/IMAGE"):
+        sources.read(f"folder:{root}")
+    tree({"train/a/1.png": plain(0), "train/b/1.png": plain(0)})
+    with pytest.raises(DataError, match="train/ and val/ differ in the classes b"):
+        sources.read(f"folder:{root}")
+    (root / "val" / "b").mkdir()
+    with pytest.raises(DataError, match=r"classes b\b.*Add images to each class or remove"):
+        sources.read(f"folder:{root}")
+
+
+@pytest.fixture
+def cached(tree):
+    """A folder that was read once; returns its name, an image in it and the cache file."""
+    root = tree({"train/a/x.png": plain(50), "val/a/x.png": plain(60)})
+    assert sources.read(f"folder:{root}", image_size=8).train[0].max() == 50
+    (cache,) = (data_dir() / "cache").iterdir()
+    return f"folder:{root}", root / "train" / "a" / "x.png", cache
+
+
+def test_a_folder_is_decoded_once(cached, monkeypatch):
+    monkeypatch.setattr(sources, "_decode", lambda *_: pytest.fail("decoded again"))
+    raw = sources.read(cached[0], image_size=8)
+    assert (raw.train[0] == 50).all()
+    assert (raw.test[0] == 60).all()
+
+
+def test_a_changed_image_or_size_is_decoded_anew(cached):
+    name, path, cache = cached
+    plain(51, (31, 9)).save(path)
+    assert sources.read(name, image_size=8).train[0].max() == 51
+    assert sources.read(name, image_size=5).train[0].shape == (1, 3, 5, 5)
+    assert len(list(cache.parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize("content", [*NOT_NPZ, None])
+def test_a_damaged_cache_is_made_again(cached, content):
+    name, _, cache = cached
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    assert (sources.read(name, image_size=8).train[0] == 50).all()
+    assert list(cache.parent.iterdir()) == [cache]
+    with np.load(cache) as file:
+        assert file["images"].shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("size", [0, -8, 1.5, "64", True])
+def test_a_bad_image_size_is_refused(size):
+    with pytest.raises(ValueError, match=f"image_size = {size!r}"):
+        sources.read("folder:somewhere", image_size=size)
+
+
+@pytest.mark.parametrize(("name", "size"), [("shapes10", 16), ("shapes100", 4), ("scenes10", 48)])
+def test_generated_images_shrink_to_the_mean_of_their_pixels(name, size, monkeypatch):
+    spec = dataclasses.replace(synthetic.SETS[name], train=20, test=10)
+    monkeypatch.setitem(synthetic.SETS, name, spec)
+    whole, small = sources.read(name), sources.read(name, image_size=size)
+    side, factor = spec.side, spec.side // size
+    pairs = zip((whole.train, whole.test), (small.train, small.test))
+    for (images, labels), (shrunk, same) in pairs:
+        assert (shrunk.dtype, shrunk.shape) == (np.uint8, (len(images), 3, size, size))
+        oracle = F.avg_pool2d(torch.from_numpy(images).double(), factor)
+        # Halves go up, where torch would round them to even.
+        np.testing.assert_array_equal(shrunk, (oracle + 0.5).floor().numpy())
+        np.testing.assert_array_equal(labels, same)
+    np.testing.assert_array_equal(sources.read(name, image_size=side).train[0], whole.train[0])
+
+
+@pytest.mark.parametrize("size", [5, 64])
+def test_a_size_that_generated_images_cannot_shrink_to_is_refused(size):
+    wanted = f"image_size = {size} does not divide the 32 pixels .*one of 1, 2, 4, 8, 16, 32"
+    with pytest.raises(ValueError, match=wanted):
+        sources.read("shapes10", image_size=size)
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "other"])
+def test_image_size_is_refused_where_it_has_no_effect(name):
+    with pytest.raises(ValueError, match=f"image_size = 32 has no effect on '{name}'"):
+        sources.read(name, image_size=32)

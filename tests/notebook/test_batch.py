@@ -1,0 +1,222 @@
+"""Running notebooks: parameters checked first, outputs whole or untouched, results collected."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from labutils.notebook import batch, experiment
+
+PARAMETERS = 'epochs = 3  # passes\nlr = 0.1\nname = "a"\nwidths = [1, 2]\nfast = True\n'
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    for folder in ("notebooks/full", "reports"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(batch, "project_dir", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def make_notebook(project):
+    def make(*sources: str, name: str = "1.1_demo"):
+        cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+        cells += [new_code_cell(source) for source in sources]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        path = project / "notebooks" / f"{name}.ipynb"
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+        return path
+
+    return make
+
+
+CLAIMS = """
+import labutils as lab
+claims = lab.Claims("1.1", headline=f"{epochs} epochs")
+claims.add("Epochs are enough", epochs >= 3, f"{epochs}")
+claims
+"""
+
+
+def test_a_notebook_runs_with_its_parameters_and_reports_its_claims(make_notebook, project):
+    output = project / "build" / "out.ipynb"
+    outcome = batch.run_notebook(make_notebook(CLAIMS), output, {"epochs": 2})
+    assert outcome.headline == "2 epochs"
+    assert [claim["claim"] for claim in outcome.failed] == ["Epochs are enough"]
+    assert "0 of 1 claims hold" in str(outcome)
+    assert "fails: Epochs are enough (2)" in str(outcome)
+    text = output.read_text()
+    assert str(project) not in text
+    assert "papermill" not in json.loads(text)["metadata"]
+    assert [path.name for path in output.parent.iterdir()] == ["out.ipynb"]
+
+
+def test_a_failing_cell_is_named_and_the_earlier_output_stays(make_notebook, project):
+    output = project / "reports" / "1.1_demo.ipynb"
+    output.write_text("the earlier report")
+    with pytest.raises(batch.NotebookError, match=r"1\.1_demo failed.*ZeroDivisionError") as error:
+        batch.run_notebook(make_notebook("1 / 0"), output, {})
+    assert output.read_text() == "the earlier report"
+    kept = project / "build" / "failed" / output.name
+    assert str(kept) in str(error.value)
+    assert "ZeroDivisionError" in kept.read_text()
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_kernel_that_dies_is_an_error_like_others(make_notebook, project):
+    output = project / "reports" / "1.1_demo.ipynb"
+    output.write_text("the earlier report")
+    with pytest.raises(batch.NotebookError, match=r"1\.1_demo: its kernel died.*batch_size"):
+        batch.run_notebook(make_notebook("import os; os._exit(1)"), output, {})
+    assert output.read_text() == "the earlier report"
+
+
+def test_an_output_can_carry_a_mark_and_failures_a_name_of_their_own(make_notebook, project):
+    output, failed = project / "build" / "out.ipynb", project / "kept" / "mine.ipynb"
+    path = make_notebook("1 / fast")
+    options = {"failed": failed, "metadata": {"labutils": {"sweep": "abc"}}}
+    with pytest.raises(batch.NotebookError, match=f"What ran is in {failed}"):
+        batch.run_notebook(path, output, {"fast": False}, **options)
+    assert failed.exists()
+    assert not output.exists()
+    batch.run_notebook(path, output, {}, **options)
+    assert nbformat.read(output, 4).metadata["labutils"] == {"sweep": "abc"}
+    assert not failed.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epoch": 3}, r"no parameter 'epoch'\. Did you mean 'epochs'\? It has: epochs, lr, name"),
+        ({"epochs": "3"}, r"epochs = '3'\. Give a whole number, like its default 3"),
+        ({"epochs": 2.5}, r"epochs = 2\.5"),
+        ({"epochs": True}, r"epochs = True"),
+        ({"fast": 1}, r"fast = 1\. Give true or false"),
+        ({"lr": "0.1"}, r"lr = '0\.1'\. Give a number"),
+        ({"widths": "(1, 2)"}, r"widths = '\(1, 2\)'\. Give a list, like its default \[1, 2\]"),
+        ({"widths": [3, "4"]}, r"widths = \[3, '4'\]\. Give a list, every item a whole number"),
+        ({"widths": [3, True]}, r"widths = \[3, True\]\. Give a list, every item a whole number"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused_before_anything_runs(
+    make_notebook, project, given, message
+):
+    output = project / "build" / "out.ipynb"
+    with pytest.raises(batch.NotebookError, match=message):
+        batch.run_notebook(make_notebook("1 / 0"), output, given)
+    assert not output.parent.exists()
+
+
+def test_a_whole_number_and_an_exponent_are_good_enough_for_a_number(make_notebook):
+    assert batch.check_parameters(make_notebook(), {"lr": 1}) == {"lr": 1}
+    assert batch.check_parameters(make_notebook(), {"lr": "1e-3"}) == {"lr": 0.001}
+
+
+def test_items_of_a_list_are_of_the_kind_of_its_default_where_that_is_one(make_notebook, project):
+    path = make_notebook()
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source = "rates = [0.1]\nempty = []\nmixed = [1, 'a']"
+    nbformat.write(notebook, path)
+    given = {"rates": [1, "1e-3", 0.5], "empty": ["a"], "mixed": [None]}
+    assert batch.check_parameters(path, given) == {**given, "rates": [1.0, 0.001, 0.5]}
+
+
+def test_notebooks_are_found_by_number_name_and_all(make_notebook):
+    first, second = make_notebook(name="1.1_demo"), make_notebook(name="1.2_other")
+    assert batch.find_notebooks("1.1") == batch.find_notebooks("1.1_demo") == [first]
+    assert batch.find_notebooks("all") == [first, second]
+    with pytest.raises(batch.NotebookError, match=r"no notebook '1\.3'.*1\.1_demo, 1\.2_other"):
+        batch.find_notebooks("1.3")
+
+
+def test_a_missing_full_profile_or_parameters_cell_is_named(make_notebook, project):
+    path = make_notebook()
+    with pytest.raises(batch.NotebookError, match=r"no full profile .*1\.1_demo\.yaml"):
+        batch.full_parameters(path)
+    (project / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: 9\n")
+    assert batch.full_parameters(path) == {"epochs": 9}
+    (project / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: 9\npublish: true\n")
+    assert batch.full_parameters(path) == {"epochs": 9, "publish": False}
+    assert batch.full_parameters(path, report=True) == {"epochs": 9, "publish": True}
+    nbformat.write(new_notebook(), path)
+    with pytest.raises(batch.NotebookError, match="no cell tagged 'parameters'"):
+        batch.parameters_of(path)
+
+
+def row(**changes):
+    return {
+        "exercise": "1.1",
+        "model": "mlp-3",
+        "dataset": "mnist",
+        "metric": "accuracy",
+        "split": "test",
+        "mean": 81.234,
+        "std": 0.5,
+        "n": 3,
+        "published": 69.92,
+        "target": 79.0,
+        "params": 12345,
+        "seconds": 10.0,
+        "device": "a processor",
+    } | changes
+
+
+def write_report(project, rows) -> None:
+    cell = new_code_cell("claims")
+    bundle = {experiment.MEDIA_TYPE: {"rows": [], "headline": "", "headline_rows": rows}}
+    cell.outputs = [nbformat.v4.new_output("display_data", data=bundle)]
+    nbformat.write(new_notebook(cells=[cell]), project / "reports" / "1.1_mlp.ipynb")
+
+
+def test_results_are_rebuilt_from_the_reports_alone(project):
+    write_report(project, [row(), row(model="mlp-10", target=94.5, mean=94.0, published=None)])
+    (project / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    (project / "reports" / "results.json").write_text('[{"model": "gone"}]')
+    batch.write_results(project)
+    stored = json.loads((project / "reports" / "results.json").read_text())
+    assert [item["model"] for item in stored] == ["mlp-3", "mlp-10"]
+    assert stored[0]["report"] == "reports/1.1_mlp.ipynb"
+    assert stored[0]["command"].startswith("python -m labutils run 1.1 --profile full")
+    readme = (project / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert "old" not in readme
+    assert "**81.23** ± 0.50 | 3 | 69.92 | 79 reached | 12,345" in readme
+    assert "**94.00** ± 0.50 | 3 | – | 94.5 **missed**" in readme
+
+
+def test_rows_for_sweeps_alone_and_single_values_stay_out_of_the_results(project):
+    shown = row(values=[80.0, 81.0, 82.0], headline=True)
+    write_report(project, [shown, row(model="mlp-depth2", values=[50.0], headline=False)])
+    [found] = batch.collect(project / "reports")
+    assert found["model"] == "mlp-3"
+    assert set(found) == {*row(), "command", "report"}
+
+
+def test_a_single_run_has_no_deviation():
+    one, three = batch.markdown_table(
+        [{**row(), "report": "r", "n": n, "std": 0.0} for n in (1, 3)]
+    ).splitlines()[2:]
+    assert "±" not in one
+    assert "± 0.00" in three
+
+
+def test_a_readme_without_markers_is_left_alone(project):
+    write_report(project, [row()])
+    (project / "README.md").write_text("no place for a table")
+    with pytest.raises(batch.NotebookError, match="lacks the markers"):
+        batch.write_results(project)
+    assert (project / "README.md").read_text() == "no place for a table"
+
+
+def test_the_published_tables_say_what_the_reports_found():
+    root = Path(__file__).resolve().parents[2]
+    rows = batch.collect(root / "reports")
+    assert rows
+    assert json.loads((root / "reports" / "results.json").read_text()) == rows
+    assert batch.markdown_table(rows) in (root / "README.md").read_text()
+    for row in rows:
+        assert (root / row["report"]).exists()

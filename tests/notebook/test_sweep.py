@@ -1,0 +1,487 @@
+"""Sweeps: what is refused, which runs a grid has, their table; stopped, failed and started again.
+
+The last test starts real kernels: a sweep that is stopped by Ctrl-C, and the same command again.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import joblib
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from labutils import __main__ as cli
+from labutils.notebook import batch, sweep, workers
+from labutils.notebook.experiment import MEDIA_TYPE
+
+PARAMETERS = """\
+epochs = 3
+lr = 0.1
+name = "a"
+widths = [[3], [10]]
+depths = [2, 5, 10]
+seeds = [0, 1, 2]
+publish = True
+"""
+
+
+def make_notebook(project, source="pass", *, prose="Prose"):
+    cells = [
+        new_markdown_cell(prose),
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        new_code_cell(source),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = project / "notebooks" / "1.1_demo.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    for module in (batch, sweep, cli):
+        monkeypatch.setattr(module, "project_dir", lambda: tmp_path)
+    make_notebook(tmp_path)
+    (tmp_path / "notebooks" / "full").mkdir()
+    (tmp_path / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: 60\npublish: true\n")
+    return tmp_path
+
+
+@pytest.fixture
+def notebook(project):
+    return project / "notebooks" / "1.1_demo.ipynb"
+
+
+def finish(point, *, rows=(), headline="") -> None:
+    """Leave what a finished run leaves."""
+    said = {"rows": [], "headline": headline, "headline_rows": list(rows)}
+    cell = new_code_cell("claims")
+    cell.outputs = [new_output("display_data", data={MEDIA_TYPE: said})]
+    mark = {"labutils": {"sweep": point.key}}
+    point.output.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=[cell], metadata=mark), point.output)
+
+
+def row(*values, model="mlp", dataset="digits", seconds=2.0):
+    return {"model": model, "dataset": dataset, "values": list(values), "seconds": seconds}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("-p epoch 3", "no parameter 'epoch'. Did you mean 'epochs'? It has: epochs, lr, name"),
+        ("-p name_s x", "1.1_demo has no parameter 'name_s'."),
+        ("-p epochs 3,x", "epochs = 'x'. Give a whole number, like its default 3"),
+        ("-p epochs 3 -p seed 1,x", "seeds = ['x']. Give a list, every item a whole number, like"),
+        ("-p seeds 0,1", "seeds = 0. Give a list, like its default [0, 1, 2]"),
+        ("-p width 3,10", "widths = [3]. Give a list, every item a list, like its default"),
+        ("-p epochs ,", "epochs = ',' is no list of values"),
+        ("-p epochs 3]", "epochs = '3]' is no list of values"),
+        ("-p seed 0 -p lr 0.1 -p seed 1", "seeds is given twice"),
+        ("-p seed 0 -p seeds [1]", "seeds is given twice"),
+        ("-p depth 2,2 -p seed 0", "depth=2, seed=0 comes twice"),
+        ("-p lr 0.1,0.10", "lr=0.1 comes twice"),
+        ("-p lr 1e-1,0.1", "lr=0.1 comes twice"),
+        ("-p lr 1,1.0", "lr=1.0 comes twice"),
+        ("-p seed 0 --jobs 0", "jobs = 0. Give how many"),
+        ("-p seed 0 --jobs -2", "jobs = -2. Give how many"),
+        ("-p seed 0 --out file", "File exists"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(
+    options, message, project, monkeypatch, capsys
+):
+    def start(*_, **__):
+        pytest.fail("a process was started")
+
+    monkeypatch.setattr(workers, "start", start)
+    monkeypatch.chdir(project)
+    Path("file").touch()
+    before = set(project.rglob("*"))
+    assert cli.main(["sweep", "1.1", *options.split(" ")]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert set(project.rglob("*")) == before
+
+
+def test_a_sweep_is_of_one_notebook(project, notebook, capsys):
+    assert cli.main(["sweep", "all", "-p", "seed", "0"]) == 1
+    assert "Give one: 1.1_demo." in capsys.readouterr().err
+    shutil.copy(notebook, notebook.with_name("1.1_other.ipynb"))
+    assert cli.main(["sweep", "1.1", "-p", "seed", "0"]) == 1
+    assert "Give one: 1.1_demo, 1.1_other." in capsys.readouterr().err
+    assert not (project / "build").exists()
+
+
+def test_without_values_there_is_nothing_to_sweep(project, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sweep", "1.1"])
+    assert stop.value.code == 2
+    with pytest.raises(ValueError, match="epochs = '' is no list of values"):
+        sweep.grid(project / "notebooks" / "1.1_demo.ipynb", [("epochs", "")])
+
+
+def test_a_full_profile_is_checked_as_well(project, notebook):
+    (project / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: many\n")
+    with pytest.raises(batch.NotebookError, match="epochs = 'many'"):
+        sweep.grid(notebook, [("seed", "0")], full=True)
+
+
+# Which runs a grid has
+
+
+def test_a_grid_is_all_combinations_and_the_last_parameter_varies_fastest(project, notebook):
+    points = sweep.grid(notebook, [("depth", "2,5"), ("seed", "0,1,2")])
+    assert [point.parameters for point in points] == [
+        {"depths": [depth], "seeds": [seed]} for depth in (2, 5) for seed in (0, 1, 2)
+    ]
+    assert points[3].label == "depth=5, seed=0"
+    assert points[3].output == project / "build" / "sweeps" / "1.1_demo" / "depth=5,seed=0.ipynb"
+    assert len({point.key for point in points}) == 6
+
+
+def test_a_name_in_full_takes_values_as_they_are(notebook):
+    points = sweep.grid(notebook, [("seeds", "[0, 1],[2]"), ("lr", "1,3e-2"), ("name", "a b,c")])
+    assert points[0].parameters == {"seeds": [0, 1], "lr": 1.0, "name": "a b"}
+    assert points[-1].parameters == {"seeds": [2], "lr": 0.03, "name": "c"}
+    assert points[-1].output.name == "seeds=[2],lr=0.03,name=c.ipynb"
+    nested = sweep.grid(notebook, [("width", "[3],[3, 10]")])
+    assert [point.parameters for point in nested] == [{"widths": [[3]]}, {"widths": [[3, 10]]}]
+    assert nested[1].output.name == "width=[3,10].ipynb"
+
+
+def test_file_names_are_safe_short_and_all_different(notebook):
+    values = ["folder:/some/where", "folder:/some_where", "../x", "a b", "a-b", "ä", "y" * 300]
+    values.append(values[-1] + "y")
+    points = sweep.grid(notebook, [("name", ", ".join(f'"{value}"' for value in values))])
+    names = [point.output.name for point in points]
+    assert len(set(names)) == len(values)
+    assert len({point.failed for point in points}) == len(values)
+    for name in names:
+        assert len(name) < 160
+        assert set(name) <= set(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,=+-[]"
+        )
+
+
+def test_the_full_profile_is_the_ground_and_publishes_nothing(notebook):
+    full = [point.parameters for point in sweep.grid(notebook, [("seed", "0")], full=True)]
+    assert full == [{"epochs": 60, "publish": False, "seeds": [0]}]
+    changed = sweep.grid(notebook, [("epochs", "1,2")], full=True)
+    assert [point.parameters["epochs"] for point in changed] == [1, 2]
+    assert sweep.grid(notebook, [("seed", "0")])[0].parameters == {"seeds": [0]}
+
+
+def test_a_run_is_known_by_its_code_and_all_its_parameters(project, notebook):
+    def key(**options):
+        return sweep.grid(notebook, [("seed", "0")], **options)[0].key
+
+    first = key()
+    assert key(full=True) != first
+    assert key(out=project / "elsewhere") == first
+    make_notebook(project, prose="Other prose")
+    assert key() == first
+    make_notebook(project, "changed = True")
+    assert key() != first
+
+
+def test_what_is_finished_is_told_from_what_is_not(project, notebook):
+    point = sweep.grid(notebook, [("seed", "0")])[0]
+    assert point.said() is None
+    finish(point, headline="fine")
+    assert point.said()["headline"] == "fine"
+    assert dataclasses.replace(point, key="another").said() is None
+    point.output.write_text("{half a noteb")
+    assert point.said() is None
+    nbformat.write(new_notebook(), point.output)
+    assert point.said() is None
+
+
+# The table
+
+
+def test_values_are_pooled_over_seeds_and_apart_for_all_else(notebook):
+    points = sweep.grid(notebook, [("depth", "2,5"), ("seed", "0,1,2")])
+    values = [90.5, 91.25, 93.0, 70.0, 71.5, 69.125]
+    said = {
+        point: {"headline_rows": [row(value), row(value / 2, model="linear", seconds=1.0)]}
+        for point, value in zip(points, values)
+    }
+    table = sweep.table(said)
+    assert list(table.columns) == ["depth", "model", "dataset", "mean", "std", "n", "seconds"]
+    assert list(zip(table["depth"], table["model"])) == [
+        ("2", "mlp"),
+        ("2", "linear"),
+        ("5", "mlp"),
+        ("5", "linear"),
+    ]
+    for place, pooled in ((0, values[:3]), (2, values[3:])):
+        assert table["mean"][place] == pytest.approx(statistics.fmean(pooled), abs=1e-3)
+        assert table["std"][place] == pytest.approx(statistics.stdev(pooled), abs=1e-3)
+    assert list(table["n"]) == [3, 3, 3, 3]
+    assert list(table["seconds"]) == [2.0, 1.0, 2.0, 1.0]
+
+
+def test_seconds_are_those_of_a_run_not_of_a_point(notebook):
+    first, second = sweep.grid(notebook, [("seeds", "[0, 1, 2],[3]")])
+    said = {
+        first: {"headline_rows": [row(1.0, 2.0, 3.0, seconds=10.0)]},
+        second: {"headline_rows": [row(4.0, seconds=30.0)]},
+    }
+    assert sweep.table(said).loc[0, ["mean", "n", "seconds"]].tolist() == [2.5, 4, 15.0]
+
+
+def test_a_parameter_may_have_the_name_of_a_column(notebook, monkeypatch):
+    known = {"model": "a", "n": 1, "dataset": "digits"}
+    monkeypatch.setattr(batch, "parameters_of", lambda _: known)
+    points = sweep.grid(notebook, [("model", "a,b"), ("n", "1,2"), ("dataset", "digits")])
+    table = sweep.table({point: {"headline_rows": [row(1.0)]} for point in points})
+    assert list(table["model (parameter)"]) == ["a", "a", "b", "b"]
+    assert list(table["n (parameter)"]) == ["1", "2", "1", "2"]
+    assert list(table["n"]) == [1, 1, 1, 1]
+
+
+def test_the_table_is_printed_and_written(project, notebook, capsys):
+    points = sweep.grid(notebook, [("depth", "2,5"), ("seed", "0,1")])
+    for point, value in zip(points[:3], (90.0, 91.0, 70.0)):
+        finish(point, rows=[row(value)])
+    finish(points[3])
+    assert sweep.run(points) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1.1_demo: 4 runs, 0 missing, 1 at a time"
+    assert lines[4] == "[4/4] depth=5, seed=1: already there"
+    assert lines[5].split() == ["depth", "model", "dataset", "accuracy", "(%)", "n", "seconds"]
+    assert lines[6].split() == ["2", "mlp", "digits", "90.50", "±", "0.71", "2", "2.0"]
+    assert lines[7].split() == ["5", "mlp", "digits", "70.00", "±", "–", "1", "2.0"]
+    path = project / "build" / "sweeps" / "1.1_demo" / "table.csv"
+    assert lines[8] == f"written to {path}"
+    assert path.read_text().splitlines() == [
+        "depth,model,dataset,mean,std,n,seconds",
+        "2,mlp,digits,90.5,0.707,2,2.0",
+        "5,mlp,digits,70.0,,1,2.0",
+    ]
+
+
+def test_without_any_score_there_is_a_line_and_no_table(project, notebook, capsys):
+    points = sweep.grid(notebook, [("seed", "0")])
+    finish(points[0])
+    stale = points[0].output.with_name("table.csv")
+    stale.write_text("of an earlier grid")
+    assert sweep.run(points) == 0
+    assert "no run recorded a score" in capsys.readouterr().out
+    assert not stale.exists()
+
+
+# Progress and ends, with runs that only pretend
+
+
+def test_lines_tell_success_failure_and_what_was_there(project, notebook, monkeypatch, capsys):
+    points = sweep.grid(notebook, [("seed", "0,1,2")])
+    finish(points[1])
+
+    def start(missing, jobs, stop):
+        assert (missing, jobs) == ([points[0], points[2]], 2)
+        yield points[2], "ValueError: no; see there", 3.0
+        finish(points[0], headline="95 %")
+        yield points[0], None, 61.7
+
+    monkeypatch.setattr(workers, "start", start)
+    assert sweep.run(points, jobs=7) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[:4] == [
+        "1.1_demo: 3 runs, 2 missing, 2 at a time",
+        "[1/3] seed=1: already there",
+        "[2/3] seed=2: FAILED: ValueError: no; see there",
+        "[3/3] seed=0: 62 s, 0 of 0 claims hold. 95 %",
+    ]
+    assert captured.err == "1 of 3 runs failed. The same command tries them again.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_sweep_and_says_how_to_go_on(number, notebook, monkeypatch, capsys):
+    points = sweep.grid(notebook, [("seed", "0,1,2")])
+
+    def start(missing, jobs, stop):
+        os.kill(os.getpid(), number)
+        yield points[0], "stopped", 0.0
+        finish(points[1])
+        yield points[1], None, 1.0
+
+    monkeypatch.setattr(workers, "start", start)
+    before = signal.getsignal(number)
+    assert sweep.run(points) == 128 + number
+    assert signal.getsignal(number) is before
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1:] == ["[1/3] seed=1: 1 s, 0 of 0 claims hold. "]
+    assert captured.err == "Stopped: 1 of 3 runs are done. The same command does the others.\n"
+
+
+def test_an_error_of_our_own_leaves_no_process_behind(notebook, monkeypatch):
+    points = sweep.grid(notebook, [("seed", "0,1")])
+    ended = []
+
+    def start(missing, jobs, stop):
+        yield points[0], "first", 0.0
+        assert stop
+        ended.append(points[1])
+        yield points[1], "stopped", 0.0
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            if "FAILED" in text:
+                raise BrokenPipeError
+
+    monkeypatch.setattr(workers, "start", start)
+    with contextlib.redirect_stdout(Closed()), pytest.raises(BrokenPipeError):
+        sweep.run(points)
+    assert ended == [points[1]]
+
+
+# Real runs: seed 0 is quick, seed 1 fails as long as a file `fail` is there, seed 2 hangs as long
+# as `hang` is there and does not listen to interrupts.
+
+SOURCE = """
+import os, time
+from pathlib import Path
+from IPython.display import display
+
+folder, seed = Path({folder!r}), seeds[0]
+seen = f"{{os.getpid()}} {{os.environ['OMP_NUM_THREADS']}} {{epochs}}"
+(folder / f"kernel{{seed}}").write_text(seen)
+if seed == 1 and (folder / "fail").exists():
+    raise ValueError("unlucky\\nseed")
+while seed == 2 and (folder / "hang").exists():
+    try:
+        time.sleep(0.1)
+    except KeyboardInterrupt:
+        pass
+row = {{"model": "mlp", "dataset": "none", "values": [90.0 + seed], "seconds": 1.0}}
+said = {{"rows": [], "headline": f"seed {{seed}}", "headline_rows": [row]}}
+display({{"application/vnd.labutils+json": said}}, raw=True)
+"""
+COMMAND = ["sweep", "1.1", "-p", "seed", "0,1,2", "-p", "epochs", "4", "--jobs", "2"]
+
+
+@dataclasses.dataclass
+class Start:
+    """What one start of the command did."""
+
+    status: int
+    out: list[str]
+    err: str
+    files: list[str]
+    kernels: dict[int, list[str]]  # seed -> process id, threads and epochs of its kernel
+    alive: list[int]  # kernels still there afterwards
+
+
+def started(folder, status, out, err):
+    files = sorted(path.name for path in (folder / "build/sweeps/1.1_demo").iterdir())
+    kernels = {}
+    for path in sorted(folder.glob("kernel*")):
+        kernels[int(path.name[-1])] = path.read_text().split()
+        path.unlink()
+    alive = [pid for pid, *_ in kernels.values() if Path(f"/proc/{pid}").exists()]
+    return Start(status, out.splitlines(), err, files, kernels, alive)
+
+
+def start_again(folder):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(COMMAND)
+    return started(folder, status, out.getvalue(), err.getvalue())
+
+
+def start_and_interrupt(folder):
+    """The command as a user starts it in a terminal, Ctrl-C when only seed 2 is still busy."""
+    shutil.copytree(Path(cli.__file__).parent, folder / "labutils")  # its project is the folder
+    (folder / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
+    environment.pop("OMP_NUM_THREADS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "labutils", *COMMAND],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        lines = [process.stdout.readline() for _ in range(3)]
+        deadline = time.monotonic() + 120
+        while not (folder / "kernel2").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        rest, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return started(folder, process.returncode, "".join([*lines, rest]), err)
+
+
+def test_a_sweep_is_stopped_goes_on_and_then_has_nothing_left_to_do(tmp_path, monkeypatch):
+    folder = tmp_path.resolve()
+    make_notebook(folder, SOURCE.format(folder=str(folder)))
+    failed = folder / "build" / "failed" / "1.1_demo,seed=1,epochs=4.ipynb"
+    notebooks = [f"seed={seed},epochs=4.ipynb" for seed in range(3)]
+    (folder / "fail").touch()
+    (folder / "hang").touch()
+
+    first = start_and_interrupt(folder)
+    assert first.status == 130
+    assert first.out[0] == "1.1_demo: 3 runs, 3 missing, 2 at a time"
+    lines = {line.split("]")[1].split(",")[0].strip(): line for line in first.out[1:]}
+    assert set(lines) == {"seed=0", "seed=1"}
+    assert lines["seed=0"].endswith(" s, 0 of 0 claims hold. seed 0")
+    assert "FAILED: 1.1_demo failed in cell 3: ValueError: unlucky; see " in lines["seed=1"]
+    assert lines["seed=1"].endswith(str(failed))
+    assert "unlucky" in failed.read_text()
+    assert first.err == "Stopped: 1 of 3 runs are done. The same command does the others.\n"
+    assert first.files == notebooks[:1]
+    assert list((folder / "tmp").glob("labutils-run-*")) == []
+    share = str(max(1, joblib.cpu_count() // 2))
+    assert {seed: seen[1:] for seed, seen in first.kernels.items()} == {
+        seed: [share, "4"] for seed in range(3)
+    }
+    assert first.alive == []
+
+    (folder / "fail").unlink()
+    (folder / "hang").unlink()
+    for module in (batch, sweep):
+        monkeypatch.setattr(module, "project_dir", lambda: folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    second, third = start_again(folder), start_again(folder)
+    assert second.out[:2] == [
+        "1.1_demo: 3 runs, 2 missing, 2 at a time",
+        "[1/3] seed=0, epochs=4: already there",
+    ]
+    assert {seed: seen[1:] for seed, seen in second.kernels.items()} == {
+        seed: ["1", "4"] for seed in (1, 2)
+    }
+    assert third.kernels == {}
+    assert (second.status, second.err) == (third.status, third.err) == (0, "")
+    assert second.files == third.files == [*notebooks, "table.csv"]
+    assert not failed.exists()
+    mean, std = statistics.fmean([90, 91, 92]), statistics.stdev([90, 91, 92])
+    row = ["4", "mlp", "none", f"{mean:.2f}", "±", f"{std:.2f}", "3", "1.0"]
+    assert second.out[-2].split() == third.out[-2].split() == row
+
+    metadata = json.loads((folder / "build/sweeps/1.1_demo" / notebooks[2]).read_text())["metadata"]
+    assert set(metadata["labutils"]) == {"sweep"}
+    assert "papermill" not in metadata

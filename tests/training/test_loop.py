@@ -1,0 +1,830 @@
+"""Training: equal to a bare loop, found again, continued with the same bits, clear in failure."""
+
+import functools
+import inspect
+import itertools
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import resource
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import labutils as lab
+from labutils.base import device
+from labutils.data import augmentation
+from labutils.training import checkpoint, loop, progress, runs
+from labutils.training.key import identify, run_key
+from labutils.training.runs import RunError, find, load_weights
+from labutils.training.watch import History, Mirror
+
+# 48 images: three batches of 13 and one of 9.
+CONFIG = lab.TrainConfig(epochs=3, batch_size=13, lr=0.01)
+DISTORTION = {"rotate": 10, "translate": 1, "zoom": 0.1}
+EVERYTHING = lab.TrainConfig(
+    epochs=3,
+    batch_size=13,
+    lr=0.01,
+    schedule="cosine",
+    ema=0.9,
+    augment=lab.Augment(**DISTORTION, flip="alternating", crop=1, cutout=2, mixup=0.5),
+)
+TIMING = ("images_per_second", "seconds")
+
+
+def load_tiny():
+    return lab.load_data("tiny", val_size=12, device="cpu")
+
+
+@pytest.fixture
+def data(write_npz):
+    write_npz()
+    return load_tiny()
+
+
+def make_model(width=8, dropout=0.2):
+    torch.manual_seed(0)
+    return lab.MLP(36, [width], 3, dropout=dropout, batch_norm=True)
+
+
+def train(data, config=CONFIG, model=None, **settings):
+    settings = {"track": None, "progress": False} | settings
+    return lab.train(model or make_model(), data, config, **settings)
+
+
+def with_changes(config=CONFIG, **changes):
+    return lab.TrainConfig(**{**vars(config), **changes})
+
+
+def bare_loop(data, optimizer, model, *, epochs=1, criterion=F.cross_entropy, each_step=None):
+    """What train has to compute, written by hand. Returns train loss and accuracy by epoch."""
+    torch.manual_seed(0)
+    scores = []
+    for epoch in range(epochs):
+        model.train()
+        loss_sum, hits, count = 0.0, 0, 0
+        for x, y in data.train.shuffled(13, seed=0, epoch=epoch):
+            optimizer.zero_grad()
+            logits = model(x)
+            loss = criterion(logits, y)
+            loss.backward()
+            if each_step:
+                each_step("backward")
+            optimizer.step()
+            if each_step:
+                each_step("step")
+            loss_sum += float(loss.detach() * len(y))
+            hits += int((logits.argmax(1) == y).sum())
+            count += len(y)
+        scores.append((loss_sum / count, hits / count))
+    return scores
+
+
+def adamw(model, lr=0.01):
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def same_weights(model, other):
+    state, other = model.state_dict(), other.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+def without_timing(run):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in run.rows]
+
+
+def assert_same_run(run, other):
+    assert without_timing(run) == without_timing(other)
+    assert same_weights(run.model, other.model)
+
+
+def on_forward(model, step, action, *, mode=True):
+    """Call action in the given forward pass of a mode: training (True) or evaluation (False).
+
+    The first pass in evaluation mode is the check of the outputs, before training.
+    """
+    passes = itertools.count(1)
+
+    def hook(module, inputs, output):
+        if module.training == mode and next(passes) == step:
+            return action(output)
+
+    model.register_forward_hook(hook)
+    return model
+
+
+def interrupt(output):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def spoil(output):
+    return output * float("nan")
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.01, 0.9, nesterov=True, weight_decay=0.1, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_epoch_equals_a_bare_loop_bit_for_bit(data, optimizer):
+    model = make_model()
+    run = train(data, with_changes(epochs=1, optimizer=optimizer, weight_decay=0.1), model)
+    bare = make_model()
+    [(loss, accuracy)] = bare_loop(data, OPTIMIZERS[optimizer](bare.parameters()), bare)
+    assert same_weights(model, bare)
+    assert run.rows[0]["train_loss"] == pytest.approx(loss, rel=1e-12)
+    assert run.rows[0]["train_accuracy"] == accuracy
+
+
+@pytest.mark.parametrize("batch_size", [13, 47])
+def test_history_equals_a_loop_over_single_images(data, batch_size):
+    config = with_changes(epochs=1, batch_size=batch_size, optimizer="sgd", lr=1e-12)
+    run = train(data, config, make_model(dropout=0.0))
+    # With a rate this small, the weights of every step are those of the start.
+    model, losses, hits = make_model(dropout=0.0), [], 0
+    for x, y in data.train.shuffled(batch_size, seed=0, epoch=0):
+        for row, label in zip(model(x).detach(), y):
+            losses.append(float(row.exp().sum().log() - row[label]))
+            hits += int(row.argmax() == label)
+    row = run.rows[0]
+    assert row["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert row["train_accuracy"] == hits / len(losses)
+    scores = [run.model.eval()(x).detach()[0] for x, _ in data.val.batches(1)]
+    losses = [float(s.exp().sum().log() - s[y]) for s, y in zip(scores, data.val.labels)]
+    assert row["val_loss"] == pytest.approx(sum(losses) / 12, rel=1e-4)
+    hits = sum(int(s.argmax() == y) for s, y in zip(scores, data.val.labels))
+    assert row["val_accuracy"] == pytest.approx(hits / 12)
+    assert list(row) == [
+        *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"),
+        *TIMING,
+    ]
+
+
+def test_label_smoothing_equals_its_formula(data):
+    def criterion(logits, labels):
+        log_probs = logits.log_softmax(1)
+        return -(0.8 * log_probs[range(len(labels)), labels] + 0.2 * log_probs.mean(1)).mean()
+
+    run, bare = train(data, with_changes(epochs=1, label_smoothing=0.2)), make_model()
+    [(loss, _)] = bare_loop(data, adamw(bare), bare, criterion=criterion)
+    assert run.rows[0]["train_loss"] == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(run.model.state_dict(), bare.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_mixup_equals_its_formula(data, label_smoothing):
+    shares = iter(augmentation.draw_shares(4, 0.5, "mixup", 0, 0))
+    model, config = make_model(dropout=0.0), with_changes(epochs=1)
+    config = with_changes(config, augment=lab.Augment(mixup=0.5), label_smoothing=label_smoothing)
+    bare, losses, hits = make_model(dropout=0.0), [], 0
+    optimizer = adamw(bare)
+    for x, y in data.train.shuffled(13, seed=0, epoch=0):
+        share, partner = next(shares), y.roll(1)
+        logits = bare(share * x + (1 - share) * x.roll(1, 0))
+        own, other = (
+            F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            for labels in (y, partner)
+        )
+        loss = share * own + (1 - share) * other
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses += [loss.item()] * len(y)
+        hits += int((logits.argmax(1) == (y if share > 0.5 else partner)).sum())
+    run = train(data, config, model)
+    assert run.rows[0]["train_loss"] == pytest.approx(sum(losses) / 48, rel=1e-5)
+    assert run.rows[0]["train_accuracy"] == hits / 48
+    torch.testing.assert_close(model.state_dict(), bare.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_clipping_equals_its_formula(data):
+    def clip(moment):
+        if moment == "backward":
+            norm = sum(p.grad.square().sum() for p in bare.parameters()).sqrt()
+            norms.append(float(norm))
+            for parameter in bare.parameters():
+                parameter.grad *= min(1.0, 0.9 / (float(norm) + 1e-6))
+
+    run = train(data, with_changes(epochs=2, optimizer="sgd", clip_norm=0.9))
+    bare, norms = make_model(), []
+    optimizer = torch.optim.SGD(bare.parameters(), 0.01, 0.9, nesterov=True)
+    bare_loop(data, optimizer, bare, epochs=run.info["best_epoch"], each_step=clip)
+    assert max(norms) > 0.9
+    torch.testing.assert_close(run.model.state_dict(), bare.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_schedule_reaches_the_optimizer(data):
+    def fall(moment):
+        steps.append(moment)
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - len(steps) // 2 / 4)
+
+    run = train(data, with_changes(epochs=1, schedule="linear"))
+    bare, steps = make_model(), []
+    optimizer = adamw(bare)
+    bare_loop(data, optimizer, bare, each_step=fall)
+    assert same_weights(run.model, bare)
+    assert run.rows[0]["lr"] == pytest.approx(0.01 / 4)
+
+
+def test_averaged_weights_equal_a_hand_computed_average(data):
+    def average(moment):
+        if moment == "step":
+            now = {k: v.double().clone() for k, v in bare.state_dict().items()}
+            averages.append(
+                {k: 0.7 * averages[-1][k] + 0.3 * v for k, v in now.items()} if averages else now
+            )
+
+    model, bare, averages = make_model(), make_model(), []
+    run = train(data, with_changes(epochs=1, ema=0.7), model)
+    bare_loop(data, adamw(bare), bare, each_step=average)
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(value.double(), averages[-1][name], rtol=1e-5, atol=1e-6), name
+    assert run.rows[0]["val_loss"] == pytest.approx(lab.evaluate(model, data.val).loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(("monitor", "best"), [("val_loss", 2), ("val_accuracy", 1)])
+def test_the_model_ends_with_the_weights_of_the_best_epoch(data, monkeypatch, monitor, best):
+    scores = iter([(3.0, 0.8), (1.0, 0.2), (2.0, 0.8)])
+    monkeypatch.setattr(loop, "loss_and_accuracy", lambda *_, **__: next(scores))
+    model, bare = make_model(), make_model()
+    run = train(data, with_changes(monitor=monitor), model)
+    assert run.info["best_epoch"] == best
+    bare_loop(data, adamw(bare), bare, epochs=best)
+    assert same_weights(model, bare)
+    stored = make_model()
+    load_weights(stored, run.place / "best.safetensors")
+    assert same_weights(stored, bare)
+
+
+def make_cnn():
+    torch.manual_seed(0)
+    return lab.CNN((1, 6, 6), 3, widths=[4, 6])
+
+
+@pytest.fixture(params=[True, False])
+def bf16(request, monkeypatch):
+    """Let the processor compute in bf16, or not; where it does not, it emulates it."""
+    monkeypatch.setattr(device, "_computes_bf16", lambda device: request.param)
+    return request.param
+
+
+def test_a_convolutional_network_equals_a_bare_loop(data):
+    model, bare = make_cnn(), make_cnn().to(memory_format=torch.channels_last)
+    run = train(data, with_changes(epochs=1), model)
+    [(loss, _)] = bare_loop(data, adamw(bare), bare)
+    assert same_weights(model, bare)
+    assert run.rows[0]["train_loss"] == pytest.approx(loss, rel=1e-12)
+    plain = make_cnn()
+    [(loss, _)] = bare_loop(data, adamw(plain), plain)
+    assert run.rows[0]["train_loss"] == pytest.approx(loss, rel=1e-4)
+    stored = make_cnn()
+    load_weights(stored, run.place / "best.safetensors")
+    assert same_weights(stored, model)
+
+
+def test_auto_is_bf16_where_it_is_computed_else_float32(data, bf16, capsys):
+    auto = train(data, with_changes(precision="auto"), make_cnn(), progress=True)
+    assert auto.info["precision"] == ("bf16" if bf16 else "float32")
+    assert capsys.readouterr() == ("", "")
+    plain = train(data, CONFIG, make_cnn())
+    assert plain.info["precision"] == "float32"
+    assert plain.key != auto.key
+    assert (without_timing(plain) == without_timing(auto)) != bf16
+    assert auto.rows[0]["train_loss"] == pytest.approx(plain.rows[0]["train_loss"], rel=0.05)
+    # Scored in the precision of its training, whoever asks.
+    expected = lab.evaluate(auto.model, data.test, precision=auto.info["precision"])
+    assert auto.test(data) == expected
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_an_interrupted_convolutional_network_goes_on_with_the_same_bits(data, bf16, step):
+    config = with_changes(EVERYTHING, precision="auto", optimizer="sgd")
+    run = train(data, config, on_forward(make_cnn(), step, interrupt))
+    assert run.stop_reason == "interrupted"
+    run = train(data, config, make_cnn())
+    assert_same_run(run, train(data, config, make_cnn(), retrain=True))
+
+
+def test_bf16_is_not_emulated_and_this_is_said_once(data, bf16, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_said", set())
+    runs = [
+        train(data, with_changes(precision="bf16", seed=seed), make_cnn(), progress=seed > 0)
+        for seed in range(3)
+    ]
+    said = capsys.readouterr().out
+    line = f"{runs[0].info['device']} does not compute in bf16: trained in float32\n"
+    assert said == ("" if bf16 else line)
+    for run in runs:
+        assert run.info["precision"] == ("bf16" if bf16 else "float32")
+        assert (line in (run.place / "train.log").read_text()) != bf16
+
+
+def test_a_run_does_not_change_its_precision_on_the_way(data, monkeypatch):
+    config = with_changes(precision="auto")
+    monkeypatch.setattr(device, "_computes_bf16", lambda device: False)
+    train(data, config, on_forward(make_cnn(), 6, interrupt))
+    monkeypatch.setattr(device, "_computes_bf16", lambda device: True)
+    with pytest.raises(RunError, match="made on cpu in float32, this is cpu in bf16"):
+        train(data, config, make_cnn())
+
+
+def test_compiling_is_no_part_of_the_key_or_the_weights(data, monkeypatch):
+    # The compiler itself takes too long for a test; what is compiled for it does not.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    config = with_changes(epochs=1, ema=0.9)
+    run = train(data, config, compile=True)
+    assert run.info["compiled"]
+    assert list(run.model.state_dict()) == list(make_model().state_dict())
+    assert train(data, config).stored
+    again = train(data, config, retrain=True)
+    assert not again.info["compiled"]
+    torch.testing.assert_close(again.model.state_dict(), run.model.state_dict())
+
+
+def test_what_cannot_be_compiled_is_trained_without_and_this_is_said(data, monkeypatch, capsys):
+    def fail(model, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(progress, "_said", set())
+    run = train(data, compile=True, progress=True)
+    said = "torch.compile fails here (no compiler): trained without it\n"
+    assert capsys.readouterr().out == said
+    assert said in (run.place / "train.log").read_text()
+    assert not run.info["compiled"]
+    assert_same_run(run, train(data, retrain=True))
+
+
+def test_a_model_that_is_frozen_in_part_trains_the_rest(data):
+    model, before = make_model(), make_model()
+    model[1].requires_grad_(False)
+    train(data, with_changes(weight_decay=0.1), model)
+    assert torch.equal(model[1].weight, before[1].weight)
+    assert not torch.equal(model[-1].weight, before[-1].weight)
+
+
+def test_random_numbers_outside_neither_change_nor_matter(data):
+    model = make_model()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    run = train(data, model=model)
+    assert torch.equal(torch.get_rng_state(), before)
+    model = make_model()
+    torch.manual_seed(2)
+    assert_same_run(run, train(data, model=model, retrain=True))
+
+
+def test_a_finished_run_is_loaded_with_a_line_and_not_trained(data, capsys):
+    run = train(data, progress=True)
+    assert not run.stored
+    again = train(data, name="other", progress=True, model=on_forward(make_model(), 1, spoil))
+    assert again.stored
+    assert_same_run(run, again)
+    assert again.rows == run.rows
+    line = f"run: loaded, trained {run.info['finished']} on {run.info['device']}, torch "
+    assert capsys.readouterr().out.startswith(line)
+    assert train(data).stored
+    assert capsys.readouterr() == ("", "")
+
+
+def test_retrain_trains_anew_and_replaces_the_finished_run(data):
+    run = train(data)
+    again = train(data, retrain=True, name="other")
+    assert not again.stored
+    assert_same_run(run, again)
+    assert train(data).name == "other"
+    assert not run.place.exists()
+
+
+def test_a_retrain_that_fails_leaves_the_earlier_run(data):
+    run = train(data)
+    with pytest.raises(RunError, match="loss became nan"):
+        train(data, retrain=True, model=on_forward(make_model(), 6, spoil))
+    again = train(data)
+    assert again.stored
+    assert_same_run(run, again)
+
+
+def test_the_key_is_made_of_config_spec_and_data(data):
+    spec = {"model": "MLP", "in_features": 36, "hidden": [8], "num_classes": 3}
+    spec |= {"dropout": 0.2, "batch_norm": True}
+    run = train(data)
+    assert run.key == run_key(CONFIG, spec, "seed", data)
+    assert run.info["model"] == spec
+    assert train(data, with_changes(weight_decay=0.0, patience=None)).stored
+
+
+def swapped():
+    model = make_model()
+    model[3] = nn.GELU()
+    return model
+
+
+class Doubled(lab.MLP):
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
+def doubled():
+    torch.manual_seed(0)
+    return Doubled(36, [8], 3, dropout=0.2, batch_norm=True)
+
+
+def longer():
+    model = make_model()
+    return model.append(nn.Linear(3, 3))
+
+
+def frozen():
+    model = make_model()
+    model[1].requires_grad_(False)
+    return model
+
+
+def seeded_otherwise():
+    make_model()
+    return lab.MLP(36, [8], 3, dropout=0.2, batch_norm=True)
+
+
+@pytest.mark.parametrize(
+    "other", [lambda: make_model(9), swapped, doubled, longer, frozen, seeded_otherwise]
+)
+def test_another_model_has_another_key(data, other):
+    run = train(data)
+    found = train(data, model=other())
+    assert not found.stored
+    assert found.key != run.key
+    assert train(data, model=other()).key == found.key
+
+
+def test_a_run_tells_where_its_weights_came_from(data):
+    assert train(data).info["weights"] == "seed"
+    changed = make_model()
+    with torch.no_grad():
+        next(changed.parameters()).add_(1)
+    _, weights = identify(changed, CONFIG.seed)
+    assert train(data, model=changed).info["weights"] == weights != "seed"
+
+
+def test_other_settings_data_and_weights_have_other_keys(data):
+    model = make_model()
+    keys = [train(data, model=model).key, train(data, model=model).key]
+    keys += [train(data, with_changes(**{k: 2})).key for k in ("lr", "epochs", "seed")]
+    keys += [train(lab.load_data("tiny", val_size=15, device="cpu")).key]
+    assert len(set(keys)) == 6
+
+
+def test_any_module_without_a_spec_can_be_trained(data):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+
+    run = train(data, model=make())
+    again = train(data, model=make())
+    assert again.stored
+    assert_same_run(run, again)
+
+
+def test_training_works_outside_of_the_main_thread(data):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(data)))
+    thread.start()
+    thread.join()
+    assert_same_run(found[0], train(data, retrain=True))
+
+
+INTERRUPTED = {
+    "first step": (1, True, 0, 1),
+    "in the second epoch": (6, True, 1, 6),
+    "last step of an epoch": (4, True, 0, 4),
+    "while scoring": (2, False, 1, 5),
+}
+
+
+@pytest.mark.parametrize(("step", "mode", "epochs", "done"), INTERRUPTED.values(), ids=INTERRUPTED)
+def test_ctrl_c_stops_after_the_batch_and_the_run_goes_on(data, step, mode, epochs, done):
+    handler = signal.getsignal(signal.SIGINT)
+    steps = []
+    model = on_forward(make_model(), step, interrupt, mode=mode)
+    model.register_forward_hook(lambda module, *_: steps.append(module.training))
+    run = train(data, EVERYTHING, model)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert run.stop_reason == "interrupted"
+    assert "interrupted" in str(run)
+    assert run.epochs == epochs
+    assert steps.count(True) == done
+    assert find(run.key, make_model()) is None
+    run = train(data, EVERYTHING)
+    assert not run.stored
+    assert (run.place / "train.log").read_text().count("continues at image") == 1
+    assert_same_run(run, train(data, EVERYTHING, retrain=True))
+
+
+def test_ctrl_c_while_scoring_the_last_epoch_still_finishes(data):
+    run = train(data, model=on_forward(make_model(), 4, interrupt, mode=False))
+    assert run.stop_reason == "finished all 3 epochs"
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on(data):
+    def twice(output):
+        interrupt(output)
+        interrupt(output)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, model=on_forward(make_model(), 6, twice), checkpoint_seconds=0)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert_same_run(train(data), train(data, retrain=True))
+
+
+def in_child(function, *args):
+    """Start a function in a process forked from one that has torch loaded but never used it.
+
+    Forking this process would not do: where a GPU is, autograd refuses to work in a fork.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # torch imports _dynamo, which takes seconds, when the first optimizer is made.
+    preload = ["labutils.training.loop", "torch._dynamo", "sklearn.model_selection", "pytest"]
+    context.set_forkserver_preload(preload)
+    folders = {name: os.environ[name] for name in ("LABUTILS_DATA", "LABUTILS_RUNS")}
+    process = context.Process(target=_child, args=(function, folders, args))
+    process.start()
+    return process
+
+
+def _child(function, folders, args):
+    os.environ.update(folders)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def exit_code(process):
+    process.join(120)
+    return process.exitcode
+
+
+# Each start goes on from where the one before was killed: before or after the n-th call.
+KILLS = [
+    ("before", "os.fsync", 1),  # config.json
+    ("before", "pathlib.Path.replace", 2),  # the first last.pt, written but not in place
+    ("after", "pathlib.Path.replace", 2),  # in place, but history.csv is not
+    ("before", "labutils.training.checkpoint.Tally.add", 3),  # after a step, before its checkpoint
+    ("before", "labutils.training.loop.loss_and_accuracy", 1),  # last step of an epoch saved
+    ("after", "labutils.training.loop.loss_and_accuracy", 1),
+    ("after", "os.fsync", 2),
+    ("before", "labutils.training.checkpoint.Tally.add", 5),  # in the last epoch
+    ("before", "pathlib.Path.replace", 9),  # best.safetensors
+    ("after", "pathlib.Path.replace", 4),  # run.json
+    ("before", "pathlib.Path.rename", 1),  # all written, not yet in the store
+    ("after", "pathlib.Path.rename", 1),
+]
+
+
+def train_and_die(when, function, number):
+    owner, name = function.rsplit(".", 1)
+    owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
+    original = getattr(owner, name)
+
+    def dying(*args, **kwargs):
+        last = next(calls) == number
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, dying)
+    train(load_tiny(), EVERYTHING, checkpoint_seconds=0)
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(data, tmp_path):
+    for kill in KILLS:
+        assert exit_code(in_child(train_and_die, *kill)) == -signal.SIGKILL, kill
+    run = train(data, EVERYTHING)
+    assert run.stored
+    log = (run.place / "train.log").read_text()
+    images = re.findall(r"(?:starts|continues) at image (\d+) of 144", log)
+    assert images == ["0", "0", "13", "39", "48", "48", "61", "109", "144", "144", "144"]
+    left = {path.name for path in tmp_path.glob("runs/**/*") if path.is_file()}
+    assert left == {
+        *("config.json", "history.csv", "last.pt", "best.safetensors", "run.json", "train.log"),
+        f"{run.key}.lock",
+    }
+    assert_same_run(run, train(data, EVERYTHING, retrain=True))
+
+
+def train_when_all_have_looked(barrier, answer):
+    find = loop.find
+
+    def find_and_wait(*args):
+        run = find(*args)
+        if barrier is not None:
+            loop.find = find
+            barrier.wait(60)
+        return run
+
+    loop.find = find_and_wait
+    run = train(load_tiny())
+    weights = run.model.state_dict()["1.weight"].sum().item()
+    answer.write_text(json.dumps([run.stored, weights, run.rows]))
+
+
+def test_two_processes_at_once_share_one_training(data, tmp_path):
+    barrier = multiprocessing.get_context("forkserver").Barrier(2)
+    answers = [tmp_path / "0.json", tmp_path / "1.json"]
+    processes = [in_child(train_when_all_have_looked, barrier, answer) for answer in answers]
+    assert [exit_code(process) for process in processes] == [0, 0]
+    first, second = sorted(json.loads(answer.read_text()) for answer in answers)
+    assert (first[0], second[0]) == (False, True)
+    assert first[1:] == second[1:]
+    assert train(data).rows == first[2]
+
+
+def train_until_the_disk_is_full(width, limit, answer):
+    saves, save = itertools.count(1), checkpoint.save
+
+    def save_on_a_full_disk(*args):
+        if next(saves) == 3:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        save(*args)
+
+    checkpoint.save = save_on_a_full_disk
+    with pytest.raises(RunError) as caught:
+        train(load_tiny(), model=make_model(width), checkpoint_seconds=0)
+    answer.write_text(str(caught.value))
+
+
+@pytest.mark.parametrize("limit", [2_000, 100_000])
+def test_a_full_disk_is_named_and_what_was_saved_is_whole(data, tmp_path, limit):
+    width, answer = 2_000, tmp_path / "answer"
+    assert exit_code(in_child(train_until_the_disk_is_full, width, limit, answer)) == 0
+    [part] = tmp_path.glob("runs/*.part")
+    message = answer.read_text()
+    assert f"train: cannot write to {part.parent} (File too large)" in message
+    assert "Free space or set LABUTILS_RUNS" in message
+    assert {path.name for path in part.iterdir()} == {
+        *("config.json", "history.csv", "last.pt", "train.log")
+    }
+    run = train(data, model=make_model(width))
+    assert "continues at image 26 of" in (run.place / "train.log").read_text()
+    assert_same_run(run, train(data, model=make_model(width), retrain=True))
+
+
+def test_a_runs_folder_that_is_a_file_is_named(data, tmp_path):
+    (tmp_path / "runs").write_text("in the way")
+    wanted = rf"cannot write to {tmp_path}/runs .* set LABUTILS_RUNS"
+    with pytest.raises(RunError, match=wanted):
+        train(data)
+
+
+def test_a_runs_folder_without_permission_is_named(data, tmp_path):
+    (tmp_path / "runs").mkdir(mode=0o500)
+    if os.access(tmp_path / "runs", os.W_OK):
+        pytest.skip("this user, root, may write to any folder")
+    with pytest.raises(RunError, match=rf"cannot write to {tmp_path}/runs.*Permission denied"):
+        train(data)
+
+
+@pytest.mark.parametrize("checkpoint_seconds", [0, 30])
+def test_a_loss_that_is_not_finite_stops_the_run(data, checkpoint_seconds):
+    config, model = with_changes(schedule="linear"), on_forward(make_model(), 6, spoil)
+    with pytest.raises(RunError) as caught:
+        train(data, config, model, checkpoint_seconds=checkpoint_seconds)
+    [part] = Path(os.environ["LABUTILS_RUNS"]).glob("*.part")
+    message = str(caught.value)
+    assert "run: the loss became nan in epoch 2, step 2 of 4, at learning rate 0.00583" in message
+    assert f"Last good checkpoint: {part / 'best.safetensors'} (epoch 1)" in message
+    assert "lower lr" in message
+    assert not list(part.glob(".*"))
+    kept = make_model()
+    load_weights(kept, part / "best.safetensors")
+    [row] = History.load(part / "history.csv").rows
+    assert lab.evaluate(kept, data.val).loss == pytest.approx(row["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "what"), [(True, "loss"), (False, "validation loss")])
+def test_without_a_good_epoch_no_checkpoint_is_named(data, mode, what):
+    step = 4 if mode else 2
+    wanted = rf"the {what} became nan in epoch 1, step 4 of 4, .*checkpoint: there is none yet"
+    with pytest.raises(RunError, match=wanted):
+        train(data, model=on_forward(make_model(), step, spoil, mode=mode))
+    assert not list(Path(os.environ["LABUTILS_RUNS"]).glob("*/best.safetensors"))
+
+
+def test_a_damaged_checkpoint_stops_the_run_with_advice(data):
+    train(data, model=on_forward(make_model(), 6, interrupt))
+    [last] = Path(os.environ["LABUTILS_RUNS"]).glob("*.part/last.pt")
+    last.write_bytes(last.read_bytes()[:1000])
+    wanted = rf"checkpoint {last} cannot be read.*Remove {last.parent} to start this run anew"
+    with pytest.raises(RunError, match=wanted):
+        train(data)
+
+
+def changed_forward(multiply):
+    """Two classes that differ in nothing but the code of forward."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(36, 3)
+
+        if multiply:
+
+            def forward(self, images):
+                return 2 * self.layer(images.flatten(1))
+        else:
+
+            def forward(self, images):
+                return self.layer(images.flatten(1))
+
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_a_changed_forward_is_another_run(data, monkeypatch):
+    def no_source(kind):
+        raise OSError("typed in")
+
+    monkeypatch.setattr(inspect, "getsource", no_source)
+    first, same, other = (
+        train(data, model=changed_forward(multiply)) for multiply in (False, False, True)
+    )
+    assert first.key == same.key
+    assert same.stored
+    assert other.key != first.key
+
+
+def test_images_that_the_model_cannot_take_are_named(data):
+    with pytest.raises(
+        ValueError, match=r"cannot take images of shape \(1, 6, 6\).*in_features=36"
+    ):
+        train(data, model=lab.MLP(784, [8], 3))
+
+
+def test_a_wrong_number_of_outputs_is_refused_before_training(data, tmp_path):
+    with pytest.raises(ValueError, match=r"4 outputs, the data 3 classes.*num_classes=3"):
+        train(data, model=lab.MLP(36, [8], 4))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_renamed_run_goes_on_under_its_first_name(data):
+    train(data, model=on_forward(make_model(), 6, interrupt))
+    run = train(data, name="other")
+    assert run.place.name.startswith("run-")
+    assert_same_run(run, train(data, retrain=True))
+
+
+def test_final_scores_and_test_metrics_reach_the_mirrors(data, monkeypatch):
+    said = {}
+    mirror = Mirror("mirror", lambda row: None, said.update, lambda: None)
+    monkeypatch.setattr(loop, "open_mirrors", lambda *_, **__: [mirror])
+    monkeypatch.setattr(runs, "open_mirrors", lambda *_, **__: [mirror])
+    run = train(data)
+    assert said["best/val_accuracy"] == run.best("val_accuracy")
+    assert "test/accuracy" not in said
+    metrics = run.test(data)
+    assert (said["test/loss"], said["test/accuracy"]) == (metrics.loss, metrics.accuracy)
+
+
+def all_frozen():
+    return make_model().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({"config": with_changes(batch_size=49)}, r"batch_size = 49 .*48 images.*at most 48"),
+        (
+            {"config": with_changes(augment=lab.Augment(crop=6))},
+            "crop = 6 with images of 6x6 pixels: .* at most 5",
+        ),
+        ({"config": {"epochs": 3}}, r"config = \{'epochs': 3\} is no labutils.TrainConfig"),
+        ({"config": lab.TrainConfig}, "config = .* is no labutils.TrainConfig"),
+        ({"model": "MLP"}, "model = 'MLP' is no torch.nn.Module"),
+        ({"model": lab.MLP}, "model = .* is no torch.nn.Module"),
+        ({"model": all_frozen()}, "no parameter that requires a gradient"),
+        ({"data": "tiny"}, "data = 'tiny' is no labutils.ImageData"),
+        *[
+            ({"name": name}, re.escape(f"name = {name!r}. Use letters, digits"))
+            for name in ("a/b", "../a", "", "a b", "a\n", "é", 3)
+        ],
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_written(data, arguments, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        train(**{"data": data} | arguments)
+    assert not Path(os.environ["LABUTILS_RUNS"]).exists()

@@ -1,0 +1,211 @@
+"""Learning rates against torch's schedulers, early stopping against a slow reading of its rules."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.optim import lr_scheduler
+
+import labutils as lab
+from labutils.training.optim import lr_factor, make_optimizer, stop_reason
+
+
+def torch_lrs(make, total):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler, lrs = make(optimizer), []
+    for step in range(total):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < total - 1:
+            scheduler.step()
+    return lrs
+
+
+def our_lrs(config, steps):
+    return [lr_factor(config, step, steps) for step in range(config.epochs * steps)]
+
+
+ORACLES = {
+    "constant": lambda total: lambda o: lr_scheduler.ConstantLR(o, factor=1.0),
+    "cosine": lambda total: lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=total),
+    "linear": lambda total: (
+        lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=total)
+    ),
+    "onecycle": lambda total: (
+        lambda o: lr_scheduler.OneCycleLR(
+            o,
+            max_lr=1.0,
+            total_steps=total,
+            pct_start=0.3,
+            div_factor=25,
+            final_div_factor=1e4,
+            cycle_momentum=False,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", ORACLES)
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (2, 1), (1, 3), (10, 1), (4, 25), (7, 9)])
+def test_every_step_has_the_learning_rate_of_torchs_scheduler(schedule, epochs, steps):
+    config = lab.TrainConfig(epochs=epochs, schedule=schedule)
+    expected = torch_lrs(ORACLES[schedule](epochs * steps), epochs * steps)
+    assert our_lrs(config, steps) == pytest.approx(expected, abs=1e-9)
+
+
+schedules = st.sampled_from(["constant", "cosine", "linear", "onecycle"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(schedules, st.integers(1, 12), st.integers(1, 30), st.floats(0, 20))
+@example("onecycle", 1, 1, 0.0)
+@example("cosine", 1, 1, 1.0)
+@example("linear", 1, 1, 0.5)
+@example("constant", 3, 1, 100.0)
+def test_the_factor_stays_between_0_and_1(schedule, epochs, steps, warmup):
+    warmup = 0.0 if schedule == "onecycle" else warmup
+    config = lab.TrainConfig(epochs=epochs, schedule=schedule, warmup_epochs=warmup)
+    assert all(0 < factor <= 1 for factor in our_lrs(config, steps))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_warmup_rises_in_equal_steps_to_the_schedule_which_takes_what_is_left(schedule):
+    config = lab.TrainConfig(epochs=10, schedule=schedule, warmup_epochs=1.5)
+    lrs = our_lrs(config, 8)
+    assert lrs[:12] == pytest.approx([k / 13 for k in range(1, 13)])
+    assert lrs[12] == 1.0
+    assert lrs[12:] == pytest.approx(torch_lrs(ORACLES[schedule](68), 68), abs=1e-9)
+
+
+def test_one_cycle_rises_once_and_falls_once():
+    lrs = our_lrs(lab.TrainConfig(epochs=10, schedule="onecycle"), 10)
+    top = lrs.index(max(lrs))
+    assert top == 29
+    assert lrs[: top + 1] == sorted(lrs[: top + 1])
+    assert lrs[top:] == sorted(lrs[top:], reverse=True)
+
+
+def history(val_loss, val_accuracy=None):
+    accuracies = val_accuracy or [0.5] * len(val_loss)
+    return [{"val_loss": a, "val_accuracy": b} for a, b in zip(val_loss, accuracies)]
+
+
+def slow_stop(rows, config):
+    """'stagnation', 'overfitting', 'finished' or None, each rule read literally."""
+    losses = [row["val_loss"] for row in rows]
+    scores = losses if config.monitor == "val_loss" else [-row["val_accuracy"] for row in rows]
+    record, record_epoch = math.inf, 0
+    for epoch, value in enumerate(scores, 1):
+        if record - value > config.min_delta:
+            record, record_epoch = value, epoch
+    if config.patience and len(rows) - record_epoch >= config.patience:
+        return "stagnation"
+    worse = [
+        loss > min(losses[: epoch + 1]) + config.overfit_delta for epoch, loss in enumerate(losses)
+    ]
+    wanted = config.overfit_patience
+    if wanted and len(worse) >= wanted and all(worse[-wanted:]):
+        return "overfitting"
+    return "finished" if len(rows) >= config.epochs else None
+
+
+# Quarters, so that differences are exact and equal values and gains of just min_delta do occur.
+quarters = st.integers(0, 8).map(lambda k: k / 4)
+epochs_seen = st.lists(st.tuples(quarters, quarters), max_size=14)
+maybe = st.none() | st.integers(1, 4)
+deltas = st.sampled_from([0.0, 0.25, 0.5])
+
+
+@settings(max_examples=300, deadline=None)
+@given(epochs_seen, st.sampled_from(["val_loss", "val_accuracy"]), maybe, deltas, maybe, deltas)
+def test_early_stopping_follows_its_two_rules(seen, monitor, patience, delta, overfit, over_delta):
+    rows = history([a for a, _ in seen], [b for _, b in seen])
+    config = lab.TrainConfig(
+        epochs=14,
+        monitor=monitor,
+        patience=patience,
+        min_delta=delta,
+        overfit_patience=overfit,
+        overfit_delta=over_delta,
+    )
+    reason = stop_reason(rows, config)
+    assert (reason and reason.split()[0].rstrip(":")) == slow_stop(rows, config)
+
+
+def stops_at(rows, **settings):
+    """The epoch after which training stops, and why."""
+    config = lab.TrainConfig(epochs=len(rows), **settings)
+    reasons = [stop_reason(rows[:epoch], config) for epoch in range(len(rows) + 1)]
+    epoch = next(epoch for epoch, reason in enumerate(reasons) if reason)
+    return epoch, reasons[epoch]
+
+
+def test_stagnation_waits_for_patience_epochs_without_gain():
+    rows = history([1.0, 0.8, 0.9, 0.8, 0.85, 0.1])
+    assert stops_at(rows, patience=3) == (5, "stagnation: no better val_loss for 3 epochs")
+
+
+def test_a_gain_below_min_delta_is_no_gain_but_small_ones_add_up():
+    creeping = history([1.0, 0.96, 0.92, 0.88, 0.84, 0.8])
+    assert stops_at(creeping, patience=2, min_delta=0.05)[0] == 6
+    assert stops_at(creeping, patience=2, min_delta=0.3)[0] == 3
+
+
+def test_monitoring_accuracy_looks_at_accuracy_alone():
+    rows = history([0.5, 0.4, 0.3, 0.2], [0.7, 0.8, 0.8, 0.75])
+    assert stops_at(rows, patience=2, monitor="val_accuracy") == (
+        4,
+        "stagnation: no better val_accuracy for 2 epochs",
+    )
+
+
+def test_overfitting_counts_epochs_in_a_row_above_the_best_loss():
+    rows = history([0.5, 0.7, 0.7, 0.55, 0.7, 0.7, 0.7, 0.1])
+    expected = (7, "overfitting: val_loss above its best for 3 epochs")
+    assert stops_at(rows, overfit_patience=3, overfit_delta=0.1) == expected
+    assert stops_at(rows, overfit_patience=3, overfit_delta=0.3) == (8, "finished all 8 epochs")
+
+
+def test_overfitting_watches_the_loss_whatever_is_monitored():
+    rows = history([0.5, 0.9, 0.9, 0.9], [0.1, 0.2, 0.3, 0.4])
+    epoch, reason = stops_at(rows, overfit_patience=2, monitor="val_accuracy")
+    assert (epoch, reason.split(":")[0]) == (3, "overfitting")
+
+
+def test_without_rules_all_epochs_run():
+    assert stops_at(history([0.1, 5.0, 6.0, 7.0])) == (4, "finished all 4 epochs")
+
+
+HAND_BUILT = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.01),
+}
+
+
+@pytest.mark.parametrize("name", HAND_BUILT)
+def test_an_optimizer_steps_like_one_built_by_hand(name):
+    torch.manual_seed(0)
+    ours, theirs = lab.MLP(4, [5], 3), lab.MLP(4, [5], 3)
+    theirs.load_state_dict(ours.state_dict())
+    config = lab.TrainConfig(optimizer=name, lr=0.1, weight_decay=0.01)
+    images, start = torch.randn(8, 4), ours[1].weight.clone()
+    pairs = [(ours, make_optimizer(ours, config)), (theirs, HAND_BUILT[name](theirs.parameters()))]
+    # The second step is where momentum shows.
+    for _ in range(2):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            model(images).square().sum().backward()
+            optimizer.step()
+    assert not torch.allclose(ours[1].weight, start, atol=1e-3)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_parameters_are_not_given_to_the_optimizer():
+    model = lab.MLP(4, [5], 3)
+    model[1].requires_grad_(False)
+    (group,) = make_optimizer(model, lab.TrainConfig(weight_decay=0.1)).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model[-1].parameters()]

@@ -1,0 +1,281 @@
+"""The table of a run on disk, and its mirrors: never in the way, never asking for anything."""
+
+import io
+import math
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from labutils.base import settings as base
+from labutils.training.watch import History, Mirror, open_mirrors
+
+ROW = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.123456789}
+
+
+@pytest.fixture(autouse=True)
+def nobody_to_ask(monkeypatch, tmp_path):
+    """Whoever asks a question fails; nothing of W&B's is written outside of the test's folder."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    sys.stdin.close()
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+
+
+@pytest.fixture
+def start(tmp_path):
+    def start(track, **replaced):
+        arguments = {"name": "mlp-64", "key": "abc", "folder": tmp_path, "settings": {"lr": 0.1}}
+        return open_mirrors(track, **arguments | replaced)
+
+    return start
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """wandb.init without a backend: .calls keeps what it was given; online it has no network."""
+    import wandb
+
+    seen = SimpleNamespace(calls=[], rows=[], summary={}, finished=0)
+
+    class Run:
+        log = seen.rows.append
+        summary = seen.summary
+
+        def finish(self):
+            seen.finished += 1
+
+    def init(**arguments):
+        seen.calls.append(arguments)
+        if arguments["mode"] == "online":
+            raise wandb.errors.CommError("no route to host")
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    return seen
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(), max_size=6))
+@example([5e-324, 1.7976931348623157e308, 0.1, 1 / 3, math.inf, -math.inf, -0.0, math.nan])
+def test_the_csv_file_keeps_every_bit(tmp_path_factory, values):
+    rows = [{"epoch": i, "loss": value, "lr": -value} for i, value in enumerate(values, 1)]
+    path = tmp_path_factory.mktemp("history") / "history.csv"
+    History(rows).save(path)
+    again = History.load(path)
+    # repr tells -0.0 from 0.0, int from float, and takes nan for nan.
+    assert repr(again.rows) == repr(rows)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_history_is_a_table_indexed_by_epoch():
+    history = History([ROW, ROW | {"epoch": 2, "train_loss": 0.25}])
+    frame = history.frame()
+    assert (frame.index.name, list(frame.index)) == ("epoch", [1, 2])
+    assert list(frame.columns) == ["train_loss", "val_loss"]
+    assert list(frame.train_loss) == [0.5, 0.25]
+    assert len(History().frame()) == 0
+
+
+def test_a_history_does_not_share_its_rows_with_the_caller():
+    row = dict(ROW)
+    history = History([row])
+    row["train_loss"] = 9.0
+    assert history.rows == [ROW]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "rows"])
+def test_a_save_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, failing):
+    path, rows = tmp_path / "history.csv", [ROW, ROW | {"epoch": 2}]
+    History([ROW]).save(path)
+    before = path.read_bytes()
+    if failing == "fsync":
+
+        def full(handle):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(base.os, "fsync", full)
+    else:
+        rows[1]["surprise"] = 1.0
+    with pytest.raises((OSError, ValueError)):
+        History(rows).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "text", ["epoch,loss\n1,0.5\n2", "epoch,loss\n1,0.5,7\n", "epoch,a\n1,x\n"]
+)
+def test_a_damaged_file_is_a_value_error(tmp_path, text):
+    (tmp_path / "history.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"zip\(\)|could not convert"):
+        History.load(tmp_path / "history.csv")
+
+
+def test_tensorboard_can_read_what_was_logged(start, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (mirror,) = start("tensorboard")
+    mirror.log(ROW)
+    mirror.log(ROW | {"epoch": 2, "val_loss": 0.0625})
+    mirror.summarise({"test_accuracy": 0.75})
+    mirror.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("val_loss")]
+    assert found == [(1, pytest.approx(0.123456789)), (2, 0.0625)]
+    assert set(events.Tags()["scalars"]) == {"train_loss", "val_loss", "test_accuracy"}
+    assert events.Scalars("test_accuracy")[0].value == 0.75
+    assert b"lr: 0.1" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_tensorboard_that_is_not_installed_is_named_with_the_remedy(start, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"'tensorboard'.*pip install tensorboard"):
+        start(["tensorboard"])
+
+
+@pytest.mark.parametrize("track", ["neptune", ["wandb", "neptune"]])
+def test_an_unknown_mirror_is_refused_before_any_is_started(start, fake_wandb, track):
+    with pytest.raises(ValueError, match=r"track = .*'neptune'.*'auto', None.*wandb, tensorboard"):
+        start(track)
+    assert not fake_wandb.calls
+
+
+@pytest.mark.parametrize("track", ["auto", None, []])
+@pytest.mark.parametrize("netrc", [None, "machine example.org login me password x", "nonsense {"])
+def test_without_a_login_nothing_is_mirrored_or_imported(
+    start, tmp_path, monkeypatch, track, netrc
+):
+    if netrc:
+        (tmp_path / "netrc").write_text(netrc)
+    for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert start(track) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "netrc"),
+    [
+        ({"WANDB_API_KEY": "0" * 40}, ""),
+        ({}, "machine api.wandb.ai login user password 0\n"),
+        ({"WANDB_BASE_URL": "https://wandb.lab.org"}, "machine wandb.lab.org login me password 0"),
+    ],
+)
+def test_a_login_without_network_falls_back_to_offline_with_one_warning(
+    start, fake_wandb, tmp_path, monkeypatch, variables, netrc
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "netrc").write_text(netrc)
+    with pytest.warns(UserWarning, match="no route to host.*offline.*wandb sync") as caught:
+        (mirror,) = start("auto")
+    assert len(caught) == 1
+    assert [call["mode"] for call in fake_wandb.calls] == ["online", "offline"]
+    mirror.log(ROW)
+    mirror.summarise({"test_loss": 0.5})
+    mirror.close()
+    assert (fake_wandb.rows, fake_wandb.summary) == ([ROW], {"test_loss": 0.5})
+    assert fake_wandb.finished == 1
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_auto_follows_wandb_mode_and_says_nothing(start, fake_wandb, tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(start("auto")) == 1
+    (call,) = fake_wandb.calls
+    assert (call["mode"], call["dir"]) == (mode, str(tmp_path))
+    # The same id and resume, so that a continued run continues its record.
+    assert (call["id"], call["resume"], call["config"]) == ("abc", "allow", {"lr": 0.1})
+
+
+def test_disabling_wandb_is_followed_after_it_was_out_of_reach(start, fake_wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with pytest.warns(UserWarning, match="out of reach"):
+        start("auto")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    start("auto")
+    assert [call["mode"] for call in fake_wandb.calls] == ["online", "offline", "disabled"]
+
+
+def test_the_second_run_without_network_neither_tries_nor_warns_again(
+    start, fake_wandb, monkeypatch
+):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with pytest.warns(UserWarning, match="out of reach"):
+        start("auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start("auto")
+    assert [call["mode"] for call in fake_wandb.calls] == ["online", "offline", "offline"]
+
+
+def test_online_mode_without_a_login_does_not_ask_for_one(start, fake_wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.warns(UserWarning, match="no login found.*offline.*wandb login") as caught:
+        start("auto")
+    assert len(caught) == 1
+    assert [call["mode"] for call in fake_wandb.calls] == ["offline"]
+
+
+def test_wandb_asked_for_by_name_without_a_login_records_offline(start, tmp_path):
+    import wandb
+
+    with pytest.warns(UserWarning, match="no login found.*offline.*wandb sync") as caught:
+        (mirror,) = start(["wandb"])
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mirror.log(ROW)
+        mirror.summarise({"test_loss": 0.987654321})
+        mirror.close()
+    # W&B writes from a process of its own; this waits until it has ended.
+    wandb.teardown()
+    (record,) = (tmp_path / "wandb").glob("offline-run-*-abc*/*.wandb")
+    assert b"0.123456789" in record.read_bytes()
+    assert b"0.987654321" in record.read_bytes()
+
+
+def test_disabled_wandb_takes_everything_and_keeps_nothing(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        (mirror,) = start("auto")
+        mirror.log(ROW)
+        mirror.summarise({"test_loss": 0.5})
+        mirror.close()
+    assert not list(tmp_path.rglob("*.wandb"))
+
+
+def test_a_mirror_that_fails_midway_warns_once_and_is_left_alone():
+    seen = []
+
+    def log(row):
+        seen.append(row)
+        if len(seen) == 2:
+            raise ConnectionError("gone")
+
+    mirror = Mirror("Cloud", log, seen.append, lambda: seen.append("closed"))
+    mirror.log(ROW)
+    with pytest.warns(UserWarning, match=r"Cloud stopped.*\(gone\).*history\.csv"):
+        mirror.log(ROW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mirror.log(ROW)
+        mirror.summarise({"a": 1.0})
+        mirror.close()
+    assert len(seen) == 2
+
+
+def test_a_keyboard_interrupt_is_not_mistaken_for_a_failing_mirror():
+    def log(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Mirror("Cloud", log, print, print).log(ROW)
