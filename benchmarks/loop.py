@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torchvision import datasets, transforms
 
 import labutils as lab
-from labutils.base.settings import device_name
+from labutils.base.device import device_name
 
 IMAGES, BATCH, MEAN, STD = 60_000, 128, 0.1307, 0.3081
 

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from labutils.base.settings import device_name
+from labutils.base.device import device_name
 from labutils.data.synthetic import SETS, generate
 
 

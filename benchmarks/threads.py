@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import labutils as lab
-from labutils.base.settings import device_name
+from labutils.base.device import device_name
 
 SIZES = [  # inputs, hidden widths, batch
     (64, [64, 64], 32),

@@ -32,8 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import labutils as lab
-from labutils.base.device import autocast, usable_precision
-from labutils.base.settings import device_name
+from labutils.base.device import autocast, device_name, usable_precision
 
 BATCH, SHAPE, CLASSES = 128, (3, 32, 32), 10
 MODELS: dict[str, Callable[[], nn.Module]] = {

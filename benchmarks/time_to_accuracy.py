@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import labutils as lab
-from labutils.base.settings import device_name
+from labutils.base.device import device_name
 
 
 def seconds_to(goal: float, run: lab.Run) -> float:

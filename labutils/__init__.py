@@ -11,20 +11,24 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "base.settings": ["Augment", "TrainConfig", "images_dir", "resolve_device", "seed_everything"],
-    "base.recipes": ["recipe"],
+    "base.settings": ["Augment", "TrainConfig", "recipe"],
+    "base.files": ["images_dir"],
+    "base.device": ["resolve_device", "seed_everything"],
     "data.synthetic": ["generate"],
     "data.sources": ["DataError"],
-    "data.load": ["ImageData", "Split", "load_data"],
-    "models.registry": ["MLP", "ResidualMLP", "num_parameters"],
-    "models.convnets": ["CNN", "FullyConvCNN", "ResNet", "SimpleCNN"],
+    "data.tensors": ["ImageData", "Split"],
+    "data.load": ["load_data"],
+    "models.registry": ["build", "num_parameters"],
+    "models.mlp": ["MLP", "ResidualMLP"],
+    "models.convnets": ["CNN", "FullyConvCNN", "SimpleCNN"],
+    "models.resnet": ["ResNet"],
     "models.fastnet": ["FastNet"],
-    "training.key": ["build"],
     "evaluation.metrics": ["Metrics", "evaluate", "predict", "reliability"],
+    "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary"],
     "training.runs": ["Run", "RunError", "publish"],
     "training.loop": ["train"],
-    "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary"],
-    "notebook.experiment": ["Claims", "Score", "mean_std", "results", "start"],
+    "notebook.claims": ["Claims"],
+    "notebook.experiment": ["Score", "mean_std", "results", "start"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .base.settings import data_dir, project_dir
+from .base.files import data_dir, project_dir
 
 RUN_EXAMPLES = """\
 examples:

@@ -1,17 +1,59 @@
-"""How a training's steps are executed: precision, memory format, compilation, threads.
+"""The machine: devices, seeds, precision, memory format and threads.
 
-None of this changes what is computed by more than rounding, and nothing here knows about runs.
+Nothing here changes what a training computes by more than rounding.
 """
 
 from __future__ import annotations
 
+import os
+import platform
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .settings import reason
+from .settings import first_line
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """'auto' is the first CUDA device when there is one, else the CPU.
+
+    Raises ValueError if the name means nothing to torch or the device is not there.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"device = {str(device)!r} cannot be used here ({first_line(error)}). "
+            "Allowed: 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'; 'auto' always works."
+        ) from error
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader of a result wants to know of a device: the processor's or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices): call it before building a model."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def usable_precision(asked: str, device: torch.device) -> str:
@@ -102,7 +144,7 @@ class Forward:
 
         def fall_back(error: Exception) -> None:
             self._call, self.compiled = self._model, False
-            on_failure(reason(error))
+            on_failure(first_line(error))
 
         try:
             # Each batch size is compiled on its own: code for any size is slower.

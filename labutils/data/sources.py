@@ -19,16 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..base.settings import (
-    PositiveInt,
-    atomic_write,
-    check,
-    data_dir,
-    digest,
-    project_dir,
-    reason,
-    suggestion,
-)
+from ..base.files import atomic_write, data_dir, digest, project_dir
+from ..base.settings import PositiveInt, check, first_line, suggestion
 from .synthetic import SETS, class_names, generate
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
@@ -188,7 +180,7 @@ def _npz(path: Path, name: str) -> Raw:
         with np.load(path, allow_pickle=False) as file:
             found = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
     except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
-        why = reason(error).strip("'\"")  # a KeyError quotes
+        why = first_line(error).strip("'\"")  # a KeyError quotes
         raise DataError(f"load_data: {path} cannot be read ({why}). {expected}") from error
     splits = {}
     for split in ("train", "test"):
@@ -256,7 +248,7 @@ def _torchvision(name: str) -> Raw:
     # torchvision reports damage as almost any exception, AssertionError among them.
     except Exception as error:
         raise DataError(
-            f"load_data: {root / known.folder} is damaged or incomplete ({reason(error)}). "
+            f"load_data: {root / known.folder} is damaged or incomplete ({first_line(error)}). "
             f"Delete that folder and run again to download {name!r} anew, "
             f"or put a whole copy at {root / (name + '.npz')}."
         ) from error
@@ -282,7 +274,8 @@ def _download(name: str) -> None:
         (temporary / known.folder).replace(root / known.folder)
     except Exception as error:  # a proxy that answers in its own words is no OSError
         raise DataError(
-            f"load_data: {name!r} is not on disk and could not be downloaded ({reason(error)}).\n"
+            f"load_data: {name!r} is not on disk and could not be downloaded "
+            f"({first_line(error)}).\n"
             f"Looked for: {root / (name + '.npz')}, then {root / known.folder}.\n"
             "Three ways to get it: 1. connect to the network and run again; "
             f"2. copy {name}.npz (x_train, y_train, x_test, y_test) into {root}; "

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..base.settings import reason
+from ..base.settings import first_line
 from ..models.registry import evaluating, in_mode
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
             f"summary: input_size = {input_size!r} does not fit the model "
-            f"({reason(error)}). Give the shape of one input, data.image_shape."
+            f"({first_line(error)}). Give the shape of one input, data.image_shape."
         ) from error
     total = {
         "layer": "total",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..base.device import autocast, usable_precision
 from ..base.settings import Precision, check
-from ..data.load import Split
+from ..data.tensors import Split
 from ..models.registry import evaluating
 
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, https://arxiv.org/abs/1706.04599

@@ -1,21 +1,23 @@
-"""The perceptrons under comparison, and a registry of networks by name."""
+"""Networks by name: what can be built again from a spec, and what all networks share."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
-import itertools
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from ..base.settings import Fraction, PositiveInt, check
+from ..base.settings import check
 
 MODELS: dict[str, type[nn.Module]] = {}
+
+
 Classes = Annotated[int, Field(ge=2)]
 
 
@@ -78,116 +80,18 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-class _Layers(nn.Sequential):
-    """A Sequential with arguments of its own, of which a part is a plain Sequential."""
+def build(spec: dict[str, Any]) -> nn.Module:
+    """The model that a spec describes, with fresh weights from torch's random state.
 
-    def __getitem__(self, index: int | slice) -> nn.Module:
-        """A layer, or a plain Sequential of the layers in a slice: model[:-1] has no head."""
-        if isinstance(index, slice):
-            return nn.Sequential(*list(self)[index])
-        return super().__getitem__(index)
-
-
-@register
-class MLP(_Layers):
-    """Multilayer perceptron: flatten, then linear, (batch norm), ReLU for each width, then linear.
-
-    Takes images [N, ...] with in_features numbers each, returns logits [N, num_classes].
-    hidden: widths of the hidden layers, any number of them; [] is a linear classifier.
-    dropout: fraction of the last hidden layer's values that training drops.
-    init: 'torch', or 'he': normal weights of variance 2 / inputs in front of a ReLU, which keep the
-        size of the signal from layer to layer (He et al. 2015, https://arxiv.org/abs/1502.01852).
-    Raises ValueError if a width is not a whole number above 0 or dropout is not in [0, 1).
+    Raises ValueError for a name that is not registered.
     """
+    # They register their networks; torchvision, which some need, takes a second to import.
+    for module in ("mlp", "convnets", "resnet", "fastnet"):
+        importlib.import_module(f".{module}", __package__)
 
-    def __init__(
-        self,
-        in_features: PositiveInt,
-        hidden: list[PositiveInt],
-        num_classes: Classes,
-        *,
-        dropout: Fraction = 0.0,
-        batch_norm: bool = False,
-        init: Literal["torch", "he"] = "torch",
-    ) -> None:
-        layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in itertools.pairwise([in_features, *hidden]):
-            layers += [*_linear(inputs, outputs, batch_norm, init), nn.ReLU()]
-        if dropout:
-            layers.append(nn.Dropout(dropout))
-        super().__init__(*layers, nn.Linear([in_features, *hidden][-1], num_classes))
-
-
-class ResidualBlock(nn.Module):
-    """ReLU(body(x) + x): the input skips the body's linear layers (He et al. 2016).
-
-    https://arxiv.org/abs/1512.03385. Takes and returns [N, width]; where the two widths differ, a
-    linear bridge without bias takes the place of the identity.
-    widths: of the input, then of each linear layer in the body. dropout: fraction of the input of
-        the last one that training drops.
-    """
-
-    def __init__(
-        self, widths: Sequence[int], *, dropout: float = 0.0, batch_norm: bool = False
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise(widths):
-            layers += [*_linear(inputs, outputs, batch_norm), nn.ReLU()]
-        layers.pop()  # the last activation comes after the sum
-        if dropout:
-            layers.insert(-2 if batch_norm else -1, nn.Dropout(dropout))
-        self.body = nn.Sequential(*layers)
-        same = widths[0] == widths[-1]
-        self.bridge = nn.Identity() if same else nn.Linear(widths[0], widths[-1], bias=False)
-        self.relu = nn.ReLU()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.relu(self.body(inputs) + self.bridge(inputs))
-
-
-@register
-class ResidualMLP(_Layers):
-    """The MLP with the same hidden layers, and skips over blocks of them.
-
-    Takes images [N, ...] with in_features numbers each, returns logits [N, num_classes].
-    hidden: widths of all hidden layers, at least two. The first stands alone, those after it are
-        cut into blocks of `block` layers; the last block takes what is left. Without a change of
-        width between blocks, there are exactly as many parameters as in the MLP.
-    block: linear layers that one skip passes over.
-    dropout: fraction of the input of each block's last linear layer that training drops.
-    Raises ValueError if there is no layer for a block, a width or block is not a whole number
-        above 0, or dropout is not in [0, 1).
-    """
-
-    def __init__(
-        self,
-        in_features: PositiveInt,
-        hidden: list[PositiveInt],
-        num_classes: Classes,
-        *,
-        block: PositiveInt = 2,
-        dropout: Fraction = 0.0,
-        batch_norm: bool = False,
-    ) -> None:
-        if len(hidden) < 2:
-            raise ValueError(
-                f"ResidualMLP: hidden = {hidden}: the first hidden layer stands alone, and there "
-                "is none for a block to skip. Give at least two widths, or use MLP."
-            )
-        layers = [nn.Flatten(), *_linear(in_features, hidden[0], batch_norm), nn.ReLU()]
-        for first in range(0, len(hidden) - 1, block):
-            part = hidden[first : first + block + 1]
-            layers.append(ResidualBlock(part, dropout=dropout, batch_norm=batch_norm))
-        super().__init__(*layers, nn.Linear(hidden[-1], num_classes))
-
-
-def _linear(inputs: int, outputs: int, batch_norm: bool, init: str = "torch") -> list[nn.Module]:
-    """A linear layer in front of a ReLU, normalised if wanted."""
-    # Batch norm has an offset of its own, which makes the one of the linear layer idle.
-    layer = nn.Linear(inputs, outputs, bias=not batch_norm)
-    if init == "he":
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return [layer, nn.BatchNorm1d(outputs)] if batch_norm else [layer]
+    arguments = dict(spec)
+    name = arguments.pop("model")
+    if name not in MODELS:
+        known = ", ".join(sorted(MODELS))
+        raise ValueError(f"build: model = {name!r}. Known: {known}.")
+    return MODELS[name](**arguments)

@@ -17,8 +17,9 @@ from typing import Any
 import nbformat
 import yaml
 
-from ..base.settings import atomic_write, project_dir, suggestion, write_json
-from .experiment import MEDIA_TYPE
+from ..base.files import atomic_write, project_dir, write_json
+from ..base.settings import suggestion
+from .claims import MEDIA_TYPE
 
 FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

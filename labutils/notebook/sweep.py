@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import nbformat
 import yaml
 
-from ..base.settings import atomic_write, digest, project_dir
+from ..base.files import atomic_write, digest, project_dir
 from . import batch, workers
 from .workers import Point
 

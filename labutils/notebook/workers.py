@@ -23,7 +23,7 @@ import joblib
 import nbformat
 import torch
 
-from ..base.settings import reason
+from ..base.settings import first_line
 from . import batch
 
 GRACE = 15  # seconds a process has to end in; with a busy kernel it takes about six
@@ -81,7 +81,7 @@ def start(points: Sequence[Point], jobs: int, stop: Sequence[int]) -> Iterator[E
         try:
             error = "stopped" if stop else _execute(point, environment, stop)
         except OSError as problem:
-            error = reason(problem)
+            error = first_line(problem)
         finally:
             free.put(environment)
         return point, error, time.monotonic() - started
@@ -145,7 +145,7 @@ def _main(job: Mapping[str, Any]) -> None:
     try:
         batch.run_notebook(notebook, output, job["parameters"], failed=failed, metadata=mark)
     except batch.NotebookError as error:
-        sys.exit(reason(error).removeprefix("run: "))
+        sys.exit(first_line(error).removeprefix("run: "))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..base.settings import atomic_write
+from ..base.files import atomic_write
 from .runs import RunError
 
 

@@ -9,30 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.settings import TrainConfig, digest
-from ..data.load import ImageData
+from ..base.files import digest
+from ..base.settings import TrainConfig
+from ..data.tensors import ImageData
 from ..models import registry
+from ..models.registry import build
 
 FORMAT = 1  # raised when a change makes stored runs mean something else
-
-
-def build(spec: dict[str, Any]) -> nn.Module:
-    """The model that a spec describes, with fresh weights from torch's random state.
-
-    Raises ValueError for a name that is not registered.
-    """
-    # They register their networks, and torchvision, which they need, takes a second to import.
-    from ..models import (
-        convnets,  # noqa: F401
-        fastnet,  # noqa: F401
-    )
-
-    arguments = dict(spec)
-    name = arguments.pop("model")
-    if name not in registry.MODELS:
-        known = ", ".join(sorted(registry.MODELS))
-        raise ValueError(f"build: model = {name!r}. Known: {known}.")
-    return registry.MODELS[name](**arguments)
 
 
 def run_key(config: TrainConfig, spec: dict[str, Any], weights: str, data: ImageData) -> str:

@@ -22,18 +22,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..base.device import Forward, threads
-from ..base.settings import TrainConfig, device_name, reason, runs_dir, write_json
+from ..base.device import Forward, device_name, threads
+from ..base.files import runs_dir, write_json
+from ..base.settings import TrainConfig, first_line
 from ..data.augmentation import require_fit
-from ..data.load import ImageData
+from ..data.tensors import ImageData
 from ..evaluation.metrics import loss_and_accuracy, predict
 from ..models.registry import num_parameters
 from . import checkpoint
 from .key import identify, run_key
 from .optim import lr_factor, make_optimizer, stop_reason
-from .progress import Progress, say, warn
 from .runs import Run, RunError, disk_errors, find, save_weights, settle, store_lock
-from .watch import History, Mirror, open_mirrors
+from .watch import History, Mirror, Progress, open_mirrors, say, warn
 
 
 def train(
@@ -122,7 +122,7 @@ def _check_outputs(model: nn.Module, data: ImageData) -> None:
     except RuntimeError as error:
         raise ValueError(
             f"train: the model cannot take images of shape {data.image_shape} "
-            f"({reason(error)}). Build it for data.image_shape, an MLP with "
+            f"({first_line(error)}). Build it for data.image_shape, an MLP with "
             f"in_features={data.num_features}."
         ) from error
     if shape[1] != data.num_classes:

@@ -20,8 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from ..base.settings import atomic_write, models_dir, runs_dir, write_json
-from ..data.load import ImageData
+from ..base.files import atomic_write, models_dir, runs_dir, write_json
+from ..data.tensors import ImageData
 from ..evaluation import metrics
 from .watch import History, open_mirrors
 

@@ -2,10 +2,12 @@
 
 import functools
 import os
+import random
 import subprocess
 import sys
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from torch._inductor.exc import InductorError
 
 import labutils as lab
 from labutils.base import device
-from labutils.base.device import Forward
+from labutils.base.device import Forward, resolve_device
 
 CPU, SHAPE = torch.device("cpu"), (3, 16, 16)
 NETWORKS = {
@@ -181,3 +183,28 @@ def test_a_convolution_is_not_kept_to_one_thread():
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("available", "kind"), [(False, "cpu"), (True, "cuda")])
+def test_auto_is_cuda_where_there_is_one(available, kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert device.resolve_device("auto").type == kind
+    assert device.resolve_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "", "hpu", "privateuseone"])
+def test_an_absent_device_is_named_with_those_allowed(device):
+    with pytest.raises(ValueError, match=f"device = '{device}'.*Allowed: 'auto', 'cpu', 'cuda'"):
+        resolve_device(device)
+
+
+def test_seeding_repeats_python_numpy_and_torch():
+    def draw():
+        return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
+
+    device.seed_everything(7)
+    first, second = draw(), draw()
+    device.seed_everything(7)
+    assert draw() == first != second
+    device.seed_everything(8)
+    assert all(ours != theirs for ours, theirs in zip(draw(), first))

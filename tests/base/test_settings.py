@@ -1,24 +1,19 @@
 """Settings, folders, devices, seeds and safe writes."""
 
-import contextlib
 import dataclasses
-import errno
-import hashlib
 import json
-import os
-import random
 import stat
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import labutils as lab
+from labutils.base import files
 from labutils.base import settings as base
-from labutils.base.settings import Augment, TrainConfig
+from labutils.base.settings import RECIPES, Augment, TrainConfig
 
 NAN, INF = float("nan"), float("inf")
 NOT_COUNTS = [0, -1, 2.0, True, "3"]
@@ -126,125 +121,13 @@ def test_changes_are_the_settings_that_differ_and_rebuild_the_config(settings, d
     assert TrainConfig(**stored) == built
 
 
-@settings(deadline=None)
-@given(st.dictionaries(st.text(), st.integers() | st.text() | st.booleans(), max_size=6))
-def test_digest_names_the_value_whatever_the_order(value):
-    backwards = dict(reversed(value.items()))
-    assert base.digest(value) == base.digest(backwards)
-    assert base.digest(value) != base.digest({**value, "one more": None})
-
-
-def test_digest_is_the_hash_of_compact_json():
-    text = b'{"a":[1,2.5,null],"b":"x"}'
-    assert base.digest({"b": "x", "a": [1, 2.5, None]}) == hashlib.sha256(text).hexdigest()[:12]
-
-
-@pytest.mark.parametrize(("variable", "folder"), [("DATA", "data"), ("RUNS", "runs")])
-def test_folders_follow_the_environment_else_the_project(variable, folder, tmp_path, monkeypatch):
-    look_up = getattr(base, f"{folder}_dir")
-    monkeypatch.setenv(f"LABUTILS_{variable}", str(tmp_path / "a" / ".." / "b"))
-    assert look_up() == tmp_path / "b"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv(f"LABUTILS_{variable}", "~/mine")
-    assert look_up() == tmp_path / "mine"
-    monkeypatch.setattr(base, "project_dir", lambda: tmp_path / "project")
-    for unset in (lambda name: monkeypatch.setenv(name, ""), monkeypatch.delenv):
-        unset(f"LABUTILS_{variable}")
-        assert look_up() == tmp_path / "project" / folder
-
-
-def test_the_project_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
-    before = base.project_dir()
-    monkeypatch.chdir(tmp_path)
-    assert base.project_dir() == before
-    assert (before / "labutils" / "base" / "settings.py").samefile(base.__file__)
-
-
-@pytest.mark.parametrize(("available", "kind"), [(False, "cpu"), (True, "cuda")])
-def test_auto_is_cuda_where_there_is_one(available, kind, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert base.resolve_device("auto").type == kind
-    assert base.resolve_device(torch.device("cpu")) == torch.device("cpu")
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "tpu", "", "hpu", "privateuseone"])
-def test_an_absent_device_is_named_with_those_allowed(device):
-    with pytest.raises(ValueError, match=f"device = '{device}'.*Allowed: 'auto', 'cpu', 'cuda'"):
-        base.resolve_device(device)
-
-
-def test_seeding_repeats_python_numpy_and_torch():
-    def draw():
-        return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
-
-    base.seed_everything(7)
-    first, second = draw(), draw()
-    base.seed_everything(7)
-    assert draw() == first != second
-    base.seed_everything(8)
-    assert all(ours != theirs for ours, theirs in zip(draw(), first))
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_while_writing_keeps_the_old_content(error, tmp_path):
-    path = tmp_path / "kept"
-    path.write_bytes(b"old")
-    with contextlib.suppress(error), base.atomic_write(path) as file:
-        file.write(b"new")
-        file.flush()
-        assert path.read_bytes() == b"old"
-        raise error
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_keeps_the_old_content(tmp_path):
-    resource = pytest.importorskip("resource", reason="no file size limits on this system")
-    path = tmp_path / "kept"
-    path.write_text("old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
-    try:
-        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
-            base.write_json(path, list(range(100_000)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_written_file_is_as_readable_as_any_other(tmp_path):
     path, plain = tmp_path / "new" / "folder" / "file", tmp_path / "plain"
-    with base.atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         file.write(b"new")
     plain.touch()
     assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
-
-
-@settings(deadline=None)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
-        # Text that looks like a list must not be taken for one.
-        | st.text() | st.text("[]1 ,\n\""),
-        lambda inner: st.lists(inner) | st.dictionaries(st.text("[] 1"), inner),
-        max_leaves=12,
-    )
-)  # fmt: skip
-def test_json_reads_back_as_written(tmp_path_factory, value):
-    path = tmp_path_factory.getbasetemp() / "value.json"
-    base.write_json(path, value)
-    assert json.loads(path.read_text(encoding="utf-8")) == value
-
-
-def test_json_strings_keep_their_brackets(tmp_path):
-    value = {"[ 1 ]": "a [ 2,  3 ] b", "rows": [[1, 2], [3.5, None]]}
-    base.write_json(tmp_path / "value.json", value)
-    text = (tmp_path / "value.json").read_text()
-    assert json.loads(text) == value
-    assert "[1, 2]" in text
-    assert "[3.5, null]" in text
 
 
 def test_importing_is_light():
@@ -261,10 +144,40 @@ print([name for name in sys.argv[1:] if name in sys.modules])
 
 
 def test_a_silent_error_is_named_by_its_kind():
-    assert base.reason(RuntimeError("first\nsecond")) == "first"
-    assert base.reason(RuntimeError()) == "RuntimeError"
+    assert base.first_line(RuntimeError("first\nsecond")) == "first"
+    assert base.first_line(RuntimeError()) == "RuntimeError"
 
 
 def test_only_a_name_that_is_near_is_suggested():
     assert base.suggestion("minst", ["mnist", "digits"]) == " Did you mean 'mnist'?"
     assert base.suggestion("photos", ["mnist", "digits"]) == ""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_config_whose_settings_can_be_changed(name):
+    assert lab.recipe(name) == RECIPES[name]
+    changed = lab.recipe(name, epochs=3, seed=7)
+    assert (changed.epochs, changed.seed) == (3, 7)
+    assert changed.optimizer == RECIPES[name].optimizer
+    assert changed.augment == RECIPES[name].augment
+
+
+def test_the_control_is_what_was_published():
+    control = lab.recipe("control")
+    assert control.changes() == {"epochs": 30, "optimizer": "adam", "patience": 5}
+    assert (control.lr, control.batch_size, control.schedule) == (1e-3, 128, "constant")
+
+
+def test_an_unknown_recipe_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"recipe 'contol'\. Did you mean 'control'\? Known: con"):
+        lab.recipe("contol")
+
+
+def test_an_unknown_setting_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no setting 'epoch'\. Did you mean 'epochs'\? Known: ep"):
+        lab.recipe("ours", epoch=3)
+
+
+def test_a_bad_value_is_refused():
+    with pytest.raises(ValueError, match="TrainConfig: epochs = 0"):
+        lab.recipe("ours", epochs=0)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import datasets
 
-from labutils.base.settings import data_dir
+from labutils.base.files import data_dir
 from labutils.data import sources, synthetic
 from labutils.data.sources import DataError
 

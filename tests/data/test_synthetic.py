@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from labutils.base.settings import project_dir
+from labutils.base.files import project_dir
 from labutils.data import stencils, synthetic
 from labutils.data.synthetic import SETS, generate
 

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from labutils.notebook import batch, experiment
+from labutils.notebook import batch, claims
 
 PARAMETERS = 'epochs = 3  # passes\nlr = 0.1\nname = "a"\nwidths = [1, 2]\nfast = True\n'
 
@@ -166,7 +166,7 @@ def row(**changes):
 
 def write_report(project, rows) -> None:
     cell = new_code_cell("claims")
-    bundle = {experiment.MEDIA_TYPE: {"rows": [], "headline": "", "headline_rows": rows}}
+    bundle = {claims.MEDIA_TYPE: {"rows": [], "headline": "", "headline_rows": rows}}
     cell.outputs = [nbformat.v4.new_output("display_data", data=bundle)]
     nbformat.write(new_notebook(cells=[cell]), project / "reports" / "1.1_mlp.ipynb")
 

@@ -6,7 +6,6 @@ import statistics
 import pytest
 
 import labutils as lab
-from labutils.notebook.experiment import MEDIA_TYPE
 
 
 @pytest.fixture(scope="module")
@@ -102,31 +101,3 @@ def test_an_interrupted_run_is_no_result(runs):
     stopped.info = {**found[0].info, "stop_reason": "interrupted"}
     with pytest.raises(lab.RunError, match="m0 interrupted"):
         lab.Score([stopped, found[1]], data).mean()
-
-
-def test_claims_show_what_holds_and_what_fails():
-    claims = lab.Claims("1.1", headline="fine")
-    claims.add("1 < 2", True, "1 & 2")
-    claims.add("<b> is bold", False, "3")
-    bundle = claims._repr_mimebundle_()
-    assert bundle["text/plain"].splitlines() == [
-        "holds: 1 < 2 (1 & 2)",
-        "FAILS: <b> is bold (3)",
-        "fine",
-    ]
-    assert "&lt;b&gt; is bold" in bundle["text/html"]
-    assert [row["holds"] for row in bundle[MEDIA_TYPE]["rows"]] == [True, False]
-
-
-def test_a_recorded_score_becomes_a_headline_row(runs):
-    data, found = runs
-    claims = lab.Claims("1.1")
-    claims.record(lab.Score(found, data), model="tiny", published=50, target=60)
-    row = claims._repr_mimebundle_()[MEDIA_TYPE]["headline_rows"][0]
-    assert row["mean"] == pytest.approx(lab.Score(found, data).mean(), abs=1e-3)
-    assert (row["n"], row["dataset"], row["params"]) == (3, "digits", 610)
-    assert (row["published"], row["target"], row["headline"]) == (50, 60, True)
-    values = lab.Score(found, data).values("accuracy")
-    assert row["values"] == [pytest.approx(value, abs=1e-3) for value in values]
-    claims.record(lab.Score(found, data), model="tiny", headline=False)
-    assert [row["headline"] for row in claims.headline_rows] == [True, False]

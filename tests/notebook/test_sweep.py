@@ -23,7 +23,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from labutils import __main__ as cli
 from labutils.notebook import batch, sweep, workers
-from labutils.notebook.experiment import MEDIA_TYPE
+from labutils.notebook.claims import MEDIA_TYPE
 
 PARAMETERS = """\
 epochs = 3

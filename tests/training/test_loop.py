@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import labutils as lab
 from labutils.base import device
 from labutils.data import augmentation
-from labutils.training import checkpoint, loop, progress, runs
+from labutils.training import checkpoint, loop, runs, watch
 from labutils.training.key import identify, run_key
 from labutils.training.runs import RunError, find, load_weights
 from labutils.training.watch import History, Mirror
@@ -318,7 +318,7 @@ def test_an_interrupted_convolutional_network_goes_on_with_the_same_bits(data, b
 
 
 def test_bf16_is_not_emulated_and_this_is_said_once(data, bf16, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "_said", set())
+    monkeypatch.setattr(watch, "_said", set())
     runs = [
         train(data, with_changes(precision="bf16", seed=seed), make_cnn(), progress=seed > 0)
         for seed in range(3)
@@ -358,7 +358,7 @@ def test_what_cannot_be_compiled_is_trained_without_and_this_is_said(data, monke
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", fail)
-    monkeypatch.setattr(progress, "_said", set())
+    monkeypatch.setattr(watch, "_said", set())
     run = train(data, compile=True, progress=True)
     said = "torch.compile fails here (no compiler): trained without it\n"
     assert capsys.readouterr().out == said

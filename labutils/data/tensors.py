@@ -1,0 +1,178 @@
+"""Data sets as tensors on the training device: splits, batches cut by index, augmentation.
+
+There is no DataLoader: a data set of this project fits the device, and cutting a batch out of a
+tensor costs less than handing one over from a worker (the idea of
+https://github.com/KellerJordan/cifar10-airbench).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..base.settings import Augment
+from . import augmentation
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images on one device, with the statistics that normalise them.
+
+    images: uint8 [N, C, H, W]. labels: int64 [N]. mean, std: per channel, for pixels in [0, 1].
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [n, C, H, W] -> float32 [n, C, H, W] with zero mean and unit deviation on train."""
+        statistics = torch.tensor([self.mean, self.std]).view(2, 1, -1, 1, 1) * 255
+        mean, std = statistics.to(images.device, non_blocking=True)
+        return images.float().sub_(mean).div_(std)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The inverse of normalise: float32 [n, C, H, W] -> uint8 [n, C, H, W], clamped."""
+        mean, std = torch.tensor([self.mean, self.std], device=images.device).view(2, 1, -1, 1, 1)
+        return ((images * std + mean) * 255).round().clamp(0, 255).byte()
+
+    def num_batches(self, batch_size: int) -> int:
+        """How many batches `shuffled` yields."""
+        lone = len(self) % batch_size == 1 and len(self) > 1
+        return math.ceil(len(self) / batch_size) - lone
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in their order, normalised: (float32 [n, C, H, W], int64 [n])."""
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size)):
+            yield self.normalise(images), labels
+
+    def shuffled(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        augment: Augment | None = None,
+        num_classes: int | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one training epoch, from batch number `start` on.
+
+        What they hold depends on seed and epoch alone, so that an epoch can be taken up in the
+        middle. Work on images is done for several batches at once, which saves most of the
+        overhead of small tensors. A last batch of a single image is left out: batch normalisation
+        has nothing to normalise there.
+        Yields images, float32 [n, C, H, W], and labels, int64 [n]; with augment.mixup these are
+        probabilities, float32 [n, num_classes], by default as many as the split has classes.
+        augment.flip: 'random' flips half of the images, drawn anew every epoch; 'alternating' draws
+        once and then flips what it did not flip the epoch before, so that two epochs show every
+        image both ways (https://arxiv.org/abs/2404.00498).
+        Raises ValueError if the images are too small for augment.crop or augment.cutout.
+        """
+        augment = augment or Augment()
+        augmentation.require_fit(augment, self.images.shape)
+        num_batches, device = self.num_batches(batch_size), self.images.device
+        order = torch.randperm(len(self), generator=augmentation.generator(seed, epoch))
+        order = order.to(device)[: num_batches * batch_size]
+        group = _batches_at_once(self.images, batch_size)
+        change = _Changes(self, augment, seed, epoch)
+        if augment.mixup:
+            num_classes = num_classes or int(self.labels.max()) + 1
+            shares = augmentation.draw_shares(num_batches, augment.mixup, "mixup", seed, epoch)
+        for first in range(start // group * group, num_batches, group):
+            index = order[first * batch_size : (first + group) * batch_size]
+            images = change(index, first)
+            cut = zip(images.split(batch_size), self.labels[index].split(batch_size))
+            for number, batch in enumerate(cut, first):
+                if number >= start:
+                    if augment.mixup:
+                        batch = augmentation.mix(*batch, shares[number], num_classes)
+                    yield batch
+
+
+class _Changes:
+    """What one epoch does to the images of a split.
+
+    Crops, flips and holes are drawn for the whole epoch at once: they depend on the image, not on
+    how many batches are prepared together, and a GPU is not kept waiting for them.
+    """
+
+    def __init__(self, split: Split, augment: Augment, seed: int, epoch: int) -> None:
+        self.split, self.augment, self.key = split, augment, (seed, epoch)
+        device, count = split.images.device, len(split)
+        if augment.crop or augment.flip != "none":
+            window = 2 * [2 * augment.crop + 1]
+            flips = augmentation.draw_flips(count, augment.flip, *self.key)
+            corners = augmentation.draw_pixels(count, window, "crop", *self.key)
+            self.flips, self.corners = flips.to(device), corners.to(device)
+        if augment.cutout:
+            centres = augmentation.draw_pixels(count, split.images.shape[2:], "cutout", *self.key)
+            self.centres = centres.to(device)
+
+    def __call__(self, index: Tensor, first: int) -> Tensor:
+        """The images with these numbers, changed: float32. first: number of their first batch."""
+        augment = self.augment
+        images = self.split.images.index_select(0, index)
+        if augment.crop or augment.flip != "none":
+            images = augmentation.crop_and_flip(
+                images, self.corners[index], self.flips[index], augment.crop
+            )
+        images = self.split.normalise(images)
+        if augment.rotate or augment.translate or augment.zoom:
+            source = augmentation.generator(*self.key, first)
+            images = augmentation.distort(images, augment, source)
+        if augment.cutout:
+            images = augmentation.blank(images, self.centres[index], augment.cutout)
+        return images
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set cut into train, val and test, on one device.
+
+    fingerprint names the content: pixels, labels, class names and the cut.
+    """
+
+    name: str
+    source: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return tuple(self.train.images.shape[1:])
+
+    @property
+    def num_features(self) -> int:
+        """Length of a flattened image."""
+        return math.prod(self.image_shape)
+
+    def __str__(self) -> str:
+        sizes = f"{len(self.train):,} train, {len(self.val):,} val, {len(self.test):,} test"
+        shape = "x".join(str(size) for size in self.image_shape)
+        return (
+            f"{self.name} from {self.source}: {sizes} images of {shape}, "
+            f"{self.num_classes} classes, fingerprint {self.fingerprint}"
+        )
+
+
+def _batches_at_once(images: Tensor, batch_size: int) -> int:
+    """How many batches to prepare together: a few MB on a CPU, so that they stay in its cache."""
+    budget = 2**22 if images.device.type == "cpu" else 2**27
+    return max(1, budget // (batch_size * images[0].numel() * 4))

@@ -1,0 +1,107 @@
+"""Residual networks, and their plain twins without the shortcuts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, conv1x1
+
+from ..base.settings import PositiveInt
+from .convnets import ConvNet, ImageShape, _average, _conv_norm_relu
+from .registry import Classes, register
+
+
+@register
+class ResNet(ConvNet):
+    """Residual network of two-layer blocks (He et al. 2016, https://arxiv.org/abs/1512.03385).
+
+    Takes images of any size. Stages: stem, stage1, stage2, ...; stage2 and later halve the size.
+    depth: 18, with four stages of two blocks and projections where the shape changes; or 6n + 2 for
+        the CIFAR family of section 4.2, with three stages of n blocks, where a shortcut pads the
+        missing channels with zeros and so has no parameters.
+    width: channels of the first stage, by default 64 and 16; each stage doubles them.
+    residual: False leaves out the shortcuts of the CIFAR family: the plain twin, whose parameters
+        are the same in name, number and shape. There is none at depth 18, as projections have
+        parameters.
+    stem: 'cifar' is one convolution 3x3; 'deep' is three, the first with stride 2, and a max-pool,
+        which together quarter the size of larger images (ResNet-C of He et al. 2019,
+        https://arxiv.org/abs/1812.01187).
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        num_classes: Classes,
+        *,
+        depth: int = 18,
+        width: PositiveInt | None = None,
+        residual: bool = True,
+        stem: Literal["cifar", "deep"] = "cifar",
+    ) -> None:
+        if depth != 18 and (depth < 8 or depth % 6 != 2):
+            raise ValueError(
+                f"ResNet: depth = {depth}. Give 18, or 6n + 2: 8, 14, 20, 32, 44, 56, 110, ..."
+            )
+        if depth == 18 and not residual:
+            raise ValueError(
+                "ResNet: residual = False with depth = 18: its projections have parameters, so the "
+                "plain network would be smaller. Compare at a depth of 6n + 2, 20 say."
+            )
+        blocks = [2] * 4 if depth == 18 else [(depth - 2) // 6] * 3
+        channels = width = width or (64 if depth == 18 else 16)
+        stages = {"stem": _stem(image_shape[0], width, deep=stem == "deep")}
+        for index, count in enumerate(blocks):
+            stage = []
+            for _ in range(count):
+                out = width * 2**index
+                stage.append(_block(channels, out, residual=residual, project=depth == 18))
+                channels = out
+            stages[f"stage{index + 1}"] = nn.Sequential(*stage)
+        super().__init__(stages, _average(), nn.Linear(channels, num_classes))
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                # He et al. 2015, https://arxiv.org/abs/1502.01852, as torchvision draws them. Under
+                # batch normalisation their scale decides how far a step turns the weights.
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+
+
+class _PlainBlock(BasicBlock):
+    """A residual block without its shortcut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+
+
+class _PadShortcut(nn.Module):
+    """Every second row and column, and zeros for the new channels (option A of He et al. 2016)."""
+
+    def __init__(self, new_channels: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
+
+
+def _block(channels: int, out: int, *, residual: bool, project: bool) -> BasicBlock:
+    stride = out // channels  # twice the channels, half the size
+    if not residual:
+        return _PlainBlock(channels, out, stride)
+    if stride == 1:
+        return BasicBlock(channels, out)
+    if project:
+        shortcut = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
+    else:
+        shortcut = _PadShortcut(out - channels)
+    return BasicBlock(channels, out, stride, shortcut)
+
+
+def _stem(channels: int, width: int, *, deep: bool) -> nn.Sequential:
+    if not deep:
+        return nn.Sequential(*_conv_norm_relu(channels, width))
+    half = (width + 1) // 2
+    layers = _conv_norm_relu(channels, half, stride=2)
+    layers += _conv_norm_relu(half, half) + _conv_norm_relu(half, width)
+    return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
