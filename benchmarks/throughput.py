@@ -50,7 +50,6 @@ PIPELINES = {
     "crop": lab.Augment(crop=4),
     "crop, flip": CROP_AND_FLIP,
     "crop, flip, cutout": lab.Augment(crop=4, flip="random", cutout=8),
-    "crop, flip, mixup": lab.Augment(crop=4, flip="random", mixup=0.2),
     "rotate, translate, zoom": lab.Augment(rotate=10, translate=2, zoom=0.1),
 }
 

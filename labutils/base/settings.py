@@ -103,7 +103,7 @@ class Augment(_Checked):
     """Changes of training images, drawn anew for every image and epoch; flips may alternate.
 
     In the order in which they are made: crop, flip, then rotate, translate and zoom as one
-    distortion, cutout, mixup. Any of them can be combined. See labutils.augmentation.
+    distortion, cutout. Any of them can be combined. See labutils.augmentation.
     """
 
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
@@ -112,7 +112,6 @@ class Augment(_Checked):
     flip: Literal["none", "random", "alternating"] = "none"  # left and right; see Split.shuffled
     crop: Pixels = 0  # whole pixels, either way, on both axes; the border is mirrored
     cutout: Pixels = 0  # side of a square that is blanked
-    mixup: NonNegativeFloat = 0.0  # alpha: shares are drawn from Beta(alpha, alpha); 0: off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,27 +126,16 @@ class TrainConfig(_Checked):
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"  # sgd is with Nesterov momentum 0.9
     lr: PositiveFloat = 1e-3  # learning rate at its highest point
     weight_decay: NonNegativeFloat = 0.0  # decoupled for adamw, an L2 term for the others
-    schedule: Literal["constant", "cosine", "onecycle", "linear"] = "constant"
-    warmup_epochs: NonNegativeFloat = 0.0  # linear rise from 0 before the schedule
+    schedule: Literal["constant", "onecycle", "linear"] = "constant"
     label_smoothing: Fraction = 0.0  # Szegedy et al. 2016, https://arxiv.org/abs/1512.00567
-    clip_norm: PositiveFloat | None = None  # largest allowed norm of all gradients together
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of averaged weights; None: off
     augment: Augment = field(default=Augment())
     precision: Precision = "float32"  # auto: bf16 where it is computed
     monitor: Literal["val_loss", "val_accuracy"] = "val_loss"  # picks the best epoch
     patience: PositiveInt | None = None  # stagnation: stop after so many epochs without gain
-    min_delta: NonNegativeFloat = 0.0  # a gain smaller than this does not count for patience
     overfit_patience: PositiveInt | None = None  # overfitting: stop after so many epochs in a row
     overfit_delta: NonNegativeFloat = 0.0  # ... with val loss this far above its best
     seed: Seed = 0  # order of images, augmentation, dropout
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.warmup_epochs and self.schedule == "onecycle":
-            raise ValueError(
-                f"TrainConfig: warmup_epochs = {self.warmup_epochs} with schedule = 'onecycle'. "
-                "One-cycle has its own warm-up; set warmup_epochs to 0 or choose 'cosine'."
-            )
 
 
 RECIPES = {

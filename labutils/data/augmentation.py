@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,11 +51,6 @@ def draw_pixels(count: int, sizes: Sequence[int], *key: int | str) -> Tensor:
     """Uniform whole numbers below each of two sizes: int64 [count, 2]."""
     source = generator(*key)
     return torch.stack([torch.randint(n, (count,), generator=source) for n in sizes], dim=1)
-
-
-def draw_shares(count: int, alpha: float, *key: int | str) -> list[float]:
-    """Numbers in [0, 1] from Beta(alpha, alpha)."""
-    return np.random.default_rng(_seed(key)).beta(alpha, alpha, count).tolist()
 
 
 def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, pad: int) -> Tensor:
@@ -113,18 +107,6 @@ def blank(images: Tensor, centres: Tensor, side: int) -> Tensor:
         for size, start in zip(images.shape[2:], first.split(1, dim=1))
     )
     return images.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0)
-
-
-def mix(images: Tensor, labels: Tensor, share: float, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Blend each image and its label with the ones before it: mixup (Zhang et al. 2018).
-
-    https://arxiv.org/abs/1710.09412. images: float [n, C, H, W]. labels: int64 [n]. share: of the
-    image itself, in [0, 1]. The batch has to be in random order, as any image is then a partner.
-    Returns the images and the labels as probabilities, float32 [n, num_classes]. Cross-entropy with
-    these equals share x cross-entropy with the label + (1 - share) x that with the partner's.
-    """
-    targets = F.one_hot(labels, num_classes).float()
-    return tuple(torch.lerp(own.roll(1, 0), own, share) for own in (images, targets))
 
 
 def _seed(key: tuple[int | str, ...]) -> int:

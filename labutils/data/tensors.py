@@ -62,7 +62,6 @@ class Split:
         epoch: int,
         start: int = 0,
         augment: Augment | None = None,
-        num_classes: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one training epoch, from batch number `start` on.
 
@@ -70,8 +69,7 @@ class Split:
         middle. Work on images is done for several batches at once, which saves most of the
         overhead of small tensors. A last batch of a single image is left out: batch normalisation
         has nothing to normalise there.
-        Yields images, float32 [n, C, H, W], and labels, int64 [n]; with augment.mixup these are
-        probabilities, float32 [n, num_classes], by default as many as the split has classes.
+        Yields images, float32 [n, C, H, W], and labels, int64 [n].
         augment.flip: 'random' flips half of the images, drawn anew every epoch; 'alternating' draws
         once and then flips what it did not flip the epoch before, so that two epochs show every
         image both ways (https://arxiv.org/abs/2404.00498).
@@ -84,17 +82,12 @@ class Split:
         order = order.to(device)[: num_batches * batch_size]
         group = _batches_at_once(self.images, batch_size)
         change = _Changes(self, augment, seed, epoch)
-        if augment.mixup:
-            num_classes = num_classes or int(self.labels.max()) + 1
-            shares = augmentation.draw_shares(num_batches, augment.mixup, "mixup", seed, epoch)
         for first in range(start // group * group, num_batches, group):
             index = order[first * batch_size : (first + group) * batch_size]
             images = change(index, first)
             cut = zip(images.split(batch_size), self.labels[index].split(batch_size))
             for number, batch in enumerate(cut, first):
                 if number >= start:
-                    if augment.mixup:
-                        batch = augmentation.mix(*batch, shares[number], num_classes)
                     yield batch
 
 

@@ -28,10 +28,7 @@ class Tally:
         self._uncounted: list[tuple[Tensor, Tensor]] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """loss: mean over the batch. logits [n, num_classes].
-
-        labels: int64 [n], or their probabilities, float [n, num_classes], whose largest counts.
-        """
+        """loss: mean over the batch. logits [n, num_classes]. labels int64 [n]."""
         self.images += len(labels)
         self._losses.append(loss.detach() * len(labels))
         self._uncounted.append((logits.detach(), labels))
@@ -42,7 +39,6 @@ class Tally:
     def _count(self) -> None:
         if self._uncounted:
             logits, labels = (torch.cat(parts) for parts in zip(*self._uncounted))
-            labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
             self._hits = self._hits + (logits.argmax(dim=1) == labels).sum()
             self._uncounted.clear()
 

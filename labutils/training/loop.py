@@ -230,7 +230,6 @@ class _Job:
         self, bar: Progress, mirrors: list[Mirror], interrupted: list, checkpoint_seconds: float
     ) -> str:
         config, model, optimizer, at = self.config, self.model, self.optimizer, self.at
-        parameters = [p for p in model.parameters() if p.requires_grad]
         saved = time.monotonic()
         while (reason := stop_reason(at.rows, config)) is None:
             started = time.perf_counter()
@@ -240,7 +239,6 @@ class _Job:
                 epoch=at.epoch,
                 start=at.batch,
                 augment=config.augment,
-                num_classes=self.data.num_classes,
             )
             model.train()
             for images, labels in batches:
@@ -250,8 +248,6 @@ class _Job:
                 logits = self.forward(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
                 loss.backward()
-                if config.clip_norm:
-                    nn.utils.clip_grad_norm_(parameters, config.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 if self.averaged is not None:
@@ -325,7 +321,7 @@ class _Job:
         raise RunError(
             f"train: {self.name}: the {what} became {value} in epoch {self.at.epoch + 1}, "
             f"step {batch + 1} of {self.steps}, at learning rate {self._lr(batch):.3g}. "
-            f"Last good checkpoint: {kept}. Try a lower lr, warmup_epochs or clip_norm."
+            f"Last good checkpoint: {kept}. Try a lower lr."
         )
 
     def _save(self) -> None:

@@ -17,14 +17,14 @@ from ..base.settings import TrainConfig
 def stop_reason(rows: Sequence[dict[str, float]], config: TrainConfig) -> str | None:
     """Why training ends after these epochs; None if it goes on.
 
-    Stagnation: `patience` epochs without a gain of more than min_delta in config.monitor.
+    Stagnation: `patience` epochs without a better config.monitor.
     Overfitting: val loss above its lowest by more than overfit_delta, `overfit_patience` in a row.
     """
     sign = 1 if config.monitor == "val_loss" else -1
     best, waited, lowest, above = math.inf, 0, math.inf, 0
     for row in rows:
         value = sign * row[config.monitor]
-        best, waited = (value, 0) if value < best - config.min_delta else (best, waited + 1)
+        best, waited = (value, 0) if value < best else (best, waited + 1)
         lowest = min(lowest, row["val_loss"])
         above = above + 1 if row["val_loss"] > lowest + config.overfit_delta else 0
     if config.patience and waited >= config.patience:
@@ -47,11 +47,7 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
         if step <= peak:
             return _cosine(1 / 25, 1, step / peak if peak else 1.0)
         return _cosine(1, 1 / 25e4, (step - peak) / (total - 1 - peak))
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, total - warmup)
-    return {"constant": 1.0, "cosine": _cosine(1, 0, done), "linear": 1 - done}[config.schedule]
+    return 1 - step / total if config.schedule == "linear" else 1.0
 
 
 def _cosine(start: float, end: float, done: float) -> float:

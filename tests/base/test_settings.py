@@ -25,15 +25,12 @@ BAD = {
     "lr": [*NOT_NUMBERS, 0, None],
     "weight_decay": [*NOT_NUMBERS, None],
     "schedule": ["step", "", None],
-    "warmup_epochs": [*NOT_NUMBERS, None],
     "label_smoothing": [*NOT_NUMBERS, 1, None],
-    "clip_norm": [*NOT_NUMBERS, 0],
     "ema": [*NOT_NUMBERS, 0, 1],
     "augment": [None, {"rotate": 5}, "none"],
     "precision": ["bfloat16", "fp16", 32, None],
     "monitor": ["loss", "train_loss", None],
     "patience": NOT_COUNTS,
-    "min_delta": [*NOT_NUMBERS, None],
     "overfit_patience": NOT_COUNTS,
     "overfit_delta": [*NOT_NUMBERS, None],
     "seed": [-1, 2**32, 1.0, True, "0", None],
@@ -42,8 +39,7 @@ VALID = {
     "epochs": st.integers(1, 100) | st.just(20),
     "optimizer": st.sampled_from(["sgd", "adam", "adamw"]),
     "lr": st.floats(1e-6, 1) | st.just(1e-3) | st.just(1),
-    "schedule": st.sampled_from(["constant", "cosine", "linear"]),
-    "clip_norm": st.none() | st.floats(0.1, 10),
+    "schedule": st.sampled_from(["constant", "linear"]),
     "precision": st.sampled_from(["auto", "float32", "bf16"]),
     "patience": st.none() | st.integers(1, 9),
     "seed": st.integers(0, 2**32 - 1) | st.just(0),
@@ -54,7 +50,6 @@ DISTORTIONS = {
     "zoom": st.just(0.0) | st.floats(0, 0.9),
     "crop": st.integers(0, 8),
     "cutout": st.integers(0, 8),
-    "mixup": st.just(0) | st.floats(0, 2),
 }
 
 
@@ -79,8 +74,7 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value):
     ("name", "value"),
     [(name, bad) for name in ("rotate", "translate", "zoom") for bad in NOT_NUMBERS]
     + [("rotate", 181), ("zoom", 1)]
-    + [(name, bad) for name in ("crop", "cutout") for bad in (-1, 4.0, True, "4", None)]
-    + [("mixup", bad) for bad in NOT_NUMBERS],
+    + [(name, bad) for name in ("crop", "cutout") for bad in (-1, 4.0, True, "4", None)],
 )
 def test_a_bad_distortion_is_named(name, value):
     with pytest.raises(ValueError, match=f"^Augment: {name} = .*Input should be "):
@@ -93,12 +87,7 @@ def test_all_bad_settings_are_listed_at_once():
     assert [line.split()[1] for line in str(caught.value).splitlines()] == [
         *("epochs", "lr", "schedule")
     ]
-    assert "'constant', 'cosine', 'onecycle' or 'linear'" in str(caught.value)
-
-
-def test_one_cycle_refuses_a_second_warmup():
-    with pytest.raises(ValueError, match=r"warmup_epochs = 2\.0 with schedule = 'onecycle'"):
-        TrainConfig(schedule="onecycle", warmup_epochs=2)
+    assert "'constant', 'onecycle' or 'linear'" in str(caught.value)
 
 
 def test_settings_cannot_be_changed_afterwards():

@@ -1,4 +1,4 @@
-"""Crops, flips, distortions, holes and blends: each against a slow loop or a closed form."""
+"""Crops, flips, distortions and holes: each against a slow loop or a closed form."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
 from torch.nn import functional as F
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 import labutils as lab
@@ -190,56 +189,6 @@ def test_holes_hold_the_mean_pixel(digits):
     changed = images != plain
     assert 0.2 < changed.float().mean() < 0.5
     assert set(images[changed].tolist()) == {0.0}
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.81, 1.0])
-def test_a_blend_is_convex_and_torchvisions(share):
-    images, labels = noise(7, 2, 4, 5), torch.tensor([0, 2, 2, 1, 3, 0, 1])
-    found, targets = augmentation.mix(images, labels, share, 4)
-    one_hot = torch.eye(4)[labels]
-    for number in range(7):
-        for result, own in ((found, images), (targets, one_hot)):
-            expected = share * own[number].double() + (1 - share) * own[number - 1].double()
-            torch.testing.assert_close(result[number].double(), expected, rtol=0, atol=1e-6)
-    blend = v2.MixUp(num_classes=4)
-    params = {"labels": labels, "batch_size": 7, "lam": share}
-    torch.testing.assert_close(found, blend.transform(images, params))
-    torch.testing.assert_close(targets, blend.transform(labels, params))
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_loss_of_a_blend_is_the_blend_of_two_losses(share, smoothing):
-    logits, labels = 3 * noise(9, 5), torch.arange(9) % 5
-    _, targets = augmentation.mix(noise(9, 1, 2, 2), labels, share, 5)
-    own, partner = (
-        F.cross_entropy(logits, which, label_smoothing=smoothing)
-        for which in (labels, labels.roll(1))
-    )
-    found = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-    torch.testing.assert_close(found, share * own + (1 - share) * partner)
-
-
-@pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 3.0])
-def test_shares_follow_the_beta_distribution(alpha):
-    shares = augmentation.draw_shares(5_000, alpha, "mixup", 0, 0)
-    assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
-    assert augmentation.draw_shares(5, alpha, "mixup", 0, 0) == shares[:5]
-    assert augmentation.draw_shares(5, alpha, "mixup", 0, 1) != shares[:5]
-
-
-def test_every_batch_is_blended_with_a_share_of_its_own():
-    split, augment = numbered(60, 1, 4, 4), Augment(mixup=1.0)
-    shares = augmentation.draw_shares(4, 1.0, "mixup", 5, 2)
-    plain = split.shuffled(16, seed=5, epoch=2)
-    mixed = split.shuffled(16, seed=5, epoch=2, augment=augment, num_classes=60)
-    for (images, labels), (found, targets), share in zip(plain, mixed, shares):
-        expected = share * images + (1 - share) * images.roll(1, 0)
-        torch.testing.assert_close(found, expected)
-        own, partner = targets.gather(1, torch.stack([labels, labels.roll(1)], dim=1)).T
-        torch.testing.assert_close(own, torch.full_like(own, share))
-        torch.testing.assert_close(partner, torch.full_like(partner, 1 - share))
-    assert len(set(shares)) == 4
 
 
 def test_what_is_drawn_depends_on_the_whole_key():

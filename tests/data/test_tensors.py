@@ -20,7 +20,7 @@ from labutils.data import tensors
 DISTORTED = Augment(rotate=40, translate=3, zoom=0.2)
 
 
-ALL_AT_ONCE = Augment(rotate=40, translate=3, zoom=0.2, flip="random", crop=2, cutout=3, mixup=0.5)
+ALL_AT_ONCE = Augment(rotate=40, translate=3, zoom=0.2, flip="random", crop=2, cutout=3)
 
 
 def numbered(count: int, *, mean: float = 0.0) -> lab.Split:
@@ -162,7 +162,7 @@ def test_each_group_and_epoch_is_distorted_anew(monkeypatch):
 
 @pytest.mark.parametrize("flip", ["random", "alternating"])
 def test_how_many_batches_are_prepared_together_changes_nothing(digits, monkeypatch, flip):
-    augment, epochs = Augment(flip=flip, crop=2, cutout=3, mixup=0.5), []
+    augment, epochs = Augment(flip=flip, crop=2, cutout=3), []
     for group in (1, 3, 50):
         monkeypatch.setattr(tensors, "_batches_at_once", lambda images, size, group=group: group)
         epochs.append(list(digits.train.shuffled(100, seed=1, epoch=2, augment=augment)))
@@ -176,7 +176,7 @@ def test_an_epoch_makes_no_second_copy_of_the_images(monkeypatch):
     pixels = torch.zeros(400, 3, 32, 32, dtype=torch.uint8)
     split = lab.Split(pixels, torch.arange(400) % 10, (0.5,) * 3, (0.2,) * 3)
     with Held(pixels) as held:
-        for _ in split.shuffled(4, seed=0, epoch=0, augment=ALL_AT_ONCE, num_classes=10):
+        for _ in split.shuffled(4, seed=0, epoch=0, augment=ALL_AT_ONCE):
             pass
     assert 0 < held.largest < 0.1 * pixels.nbytes
 
@@ -184,19 +184,9 @@ def test_an_epoch_makes_no_second_copy_of_the_images(monkeypatch):
 def test_no_batch_waits_for_the_device():
     # Reading a value of a tensor without values fails.
     split = lab.load_data("digits", device="meta").train
-    batches = split.shuffled(100, seed=0, epoch=0, augment=ALL_AT_ONCE, num_classes=10)
+    batches = split.shuffled(100, seed=0, epoch=0, augment=ALL_AT_ONCE)
     shapes = [(images.shape, labels.shape) for images, labels in batches]
-    assert shapes == [((100, 1, 8, 8), (100, 10))] * 12 + [((12, 1, 8, 8), (12, 10))]
-
-
-def test_labels_of_mixed_images_have_a_share_for_each_class(digits):
-    augment = Augment(mixup=0.4)
-    for num_classes, width in ((None, 10), (12, 12)):
-        options = {"seed": 0, "epoch": 0, "augment": augment, "num_classes": num_classes}
-        images, labels = next(digits.train.shuffled(50, **options))
-        assert labels.shape == (50, width)
-        assert labels.dtype == images.dtype == torch.float32
-        torch.testing.assert_close(labels.sum(1), torch.ones(50))
+    assert shapes == [((100, 1, 8, 8), (100,))] * 12 + [((12, 1, 8, 8), (12,))]
 
 
 def test_no_augmentation_changes_nothing(digits):

@@ -181,13 +181,6 @@ def test_a_file_of_another_precision_is_refused_on_both_sides(last, tmp_path):
     assert_refused(last, why="was made on cpu in bf16, this is cpu in float32")
 
 
-def test_soft_labels_count_as_the_class_with_the_largest_share():
-    tally = Tally()
-    shares = torch.tensor([[0.6, 0.4, 0.0], [0.3, 0.0, 0.7], [0.0, 1.0, 0.0]])
-    tally.add(torch.tensor(1.0), torch.eye(3), shares)
-    assert tally.means() == (1.0, 1 / 3)
-
-
 def small_network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))

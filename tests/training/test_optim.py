@@ -29,7 +29,6 @@ def our_lrs(config, steps):
 
 ORACLES = {
     "constant": lambda total: lambda o: lr_scheduler.ConstantLR(o, factor=1.0),
-    "cosine": lambda total: lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=total),
     "linear": lambda total: (
         lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=total)
     ),
@@ -55,28 +54,16 @@ def test_every_step_has_the_learning_rate_of_torchs_scheduler(schedule, epochs, 
     assert our_lrs(config, steps) == pytest.approx(expected, abs=1e-9)
 
 
-schedules = st.sampled_from(["constant", "cosine", "linear", "onecycle"])
+schedules = st.sampled_from(["constant", "linear", "onecycle"])
 
 
 @settings(max_examples=150, deadline=None)
-@given(schedules, st.integers(1, 12), st.integers(1, 30), st.floats(0, 20))
-@example("onecycle", 1, 1, 0.0)
-@example("cosine", 1, 1, 1.0)
-@example("linear", 1, 1, 0.5)
-@example("constant", 3, 1, 100.0)
-def test_the_factor_stays_between_0_and_1(schedule, epochs, steps, warmup):
-    warmup = 0.0 if schedule == "onecycle" else warmup
-    config = lab.TrainConfig(epochs=epochs, schedule=schedule, warmup_epochs=warmup)
+@given(schedules, st.integers(1, 12), st.integers(1, 30))
+@example("onecycle", 1, 1)
+@example("linear", 1, 1)
+def test_the_factor_stays_between_0_and_1(schedule, epochs, steps):
+    config = lab.TrainConfig(epochs=epochs, schedule=schedule)
     assert all(0 < factor <= 1 for factor in our_lrs(config, steps))
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-def test_warmup_rises_in_equal_steps_to_the_schedule_which_takes_what_is_left(schedule):
-    config = lab.TrainConfig(epochs=10, schedule=schedule, warmup_epochs=1.5)
-    lrs = our_lrs(config, 8)
-    assert lrs[:12] == pytest.approx([k / 13 for k in range(1, 13)])
-    assert lrs[12] == 1.0
-    assert lrs[12:] == pytest.approx(torch_lrs(ORACLES[schedule](68), 68), abs=1e-9)
 
 
 def test_one_cycle_rises_once_and_falls_once():
@@ -98,7 +85,7 @@ def slow_stop(rows, config):
     scores = losses if config.monitor == "val_loss" else [-row["val_accuracy"] for row in rows]
     record, record_epoch = math.inf, 0
     for epoch, value in enumerate(scores, 1):
-        if record - value > config.min_delta:
+        if value < record:
             record, record_epoch = value, epoch
     if config.patience and len(rows) - record_epoch >= config.patience:
         return "stagnation"
@@ -111,7 +98,7 @@ def slow_stop(rows, config):
     return "finished" if len(rows) >= config.epochs else None
 
 
-# Quarters, so that differences are exact and equal values and gains of just min_delta do occur.
+# Quarters, so that differences are exact and equal values do occur.
 quarters = st.integers(0, 8).map(lambda k: k / 4)
 epochs_seen = st.lists(st.tuples(quarters, quarters), max_size=14)
 maybe = st.none() | st.integers(1, 4)
@@ -119,14 +106,13 @@ deltas = st.sampled_from([0.0, 0.25, 0.5])
 
 
 @settings(max_examples=300, deadline=None)
-@given(epochs_seen, st.sampled_from(["val_loss", "val_accuracy"]), maybe, deltas, maybe, deltas)
-def test_early_stopping_follows_its_two_rules(seen, monitor, patience, delta, overfit, over_delta):
+@given(epochs_seen, st.sampled_from(["val_loss", "val_accuracy"]), maybe, maybe, deltas)
+def test_early_stopping_follows_its_two_rules(seen, monitor, patience, overfit, over_delta):
     rows = history([a for a, _ in seen], [b for _, b in seen])
     config = lab.TrainConfig(
         epochs=14,
         monitor=monitor,
         patience=patience,
-        min_delta=delta,
         overfit_patience=overfit,
         overfit_delta=over_delta,
     )
@@ -145,12 +131,6 @@ def stops_at(rows, **settings):
 def test_stagnation_waits_for_patience_epochs_without_gain():
     rows = history([1.0, 0.8, 0.9, 0.8, 0.85, 0.1])
     assert stops_at(rows, patience=3) == (5, "stagnation: no better val_loss for 3 epochs")
-
-
-def test_a_gain_below_min_delta_is_no_gain_but_small_ones_add_up():
-    creeping = history([1.0, 0.96, 0.92, 0.88, 0.84, 0.8])
-    assert stops_at(creeping, patience=2, min_delta=0.05)[0] == 6
-    assert stops_at(creeping, patience=2, min_delta=0.3)[0] == 3
 
 
 def test_monitoring_accuracy_looks_at_accuracy_alone():
