@@ -27,8 +27,8 @@ _EXPORTS = {
     "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary"],
     "training.runs": ["Run", "RunError", "publish"],
     "training.loop": ["train"],
-    "notebook.claims": ["Claims"],
-    "notebook.experiment": ["Score", "mean_std", "results", "start"],
+    "notebook.claims": ["Claims", "Score", "mean_std", "tabulate"],
+    "notebook.experiment": ["Experiment", "start"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 

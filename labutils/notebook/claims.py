@@ -1,4 +1,4 @@
-"""What a notebook claims, with the evidence.
+"""What a notebook claims, and the evidence: the same numbers, the same seeds, the same test images.
 
 Claims and headline rows travel in the cell outputs under a media type of their own, which viewers
 ignore and `batch` collects, so that no number is ever copied by hand.
@@ -6,80 +6,228 @@ ignore and `batch` collects, so that no number is ever copied by hand.
 
 from __future__ import annotations
 
+import functools
 import html
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-from .experiment import Score
+import pandas as pd
+from torch import Tensor
+
+from ..data.tensors import ImageData
+from ..evaluation.metrics import predict
+from ..training.runs import Run, RunError
 
 MEDIA_TYPE = "application/vnd.labutils+json"
+MARKS = {"holds": "✔", "fails": "✘", "not settled": "?"}
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """The runs of one model, one for each seed, and what they score. Accuracies in percent."""
+
+    runs: Mapping[int, Run]  # by seed
+    data: ImageData
+
+    @property
+    def first(self) -> Run:
+        """The run of the first seed, whose weights a report publishes and looks into."""
+        return next(iter(self.runs.values()))
+
+    def values(self, what: str = "accuracy", *, tta: bool = False) -> pd.Series:
+        """One number for each seed, indexed by seed.
+
+        what: a field of Metrics, measured on the test split; a column of the history at the best
+            epoch, such as val_accuracy; or epochs or seconds. Losses are in nats, all else that is
+            measured in percent.
+        tta: measure with test-time augmentation, see predict.
+        """
+        numbers = {}
+        for seed, run in self.runs.items():
+            if what in ("epochs", "seconds"):
+                numbers[seed] = float(getattr(run, what))
+            elif what.startswith(("train_", "val_")):
+                numbers[seed] = (1 if what.endswith("loss") else 100) * run.best(what)
+            else:
+                scale = 1 if what == "loss" else 100
+                numbers[seed] = scale * getattr(run.test(self.data, tta=tta), what)
+        return pd.Series(numbers, name=what)
+
+    def __sub__(self, other: Score) -> pd.Series:
+        """Difference of the test accuracies in points, for the seeds that both have."""
+        return (self.values() - other.values()).dropna()
+
+    @functools.cached_property
+    def hits(self) -> Tensor:
+        """Which test images the run of the first seed gets right: bool [N], on the CPU.
+
+        Raises RunError if its weights are not stored.
+        """
+        precision = self.first.info.get("precision", "float32")
+        logits = predict(self.first.require_model(), self.data.test, precision=precision)
+        return (logits.argmax(dim=1) == self.data.test.labels).cpu()
+
+    def __str__(self) -> str:
+        return mean_std(self.values())
+
+
+def mean_std(values: Sequence[float] | pd.Series) -> str:
+    """'mean ± sample deviation' of the numbers that are there; 'mean (n = 1)', or a dash."""
+    values = pd.Series(values, dtype=float).dropna()
+    if len(values) < 2:
+        return f"{values.iloc[0]:.2f}\u00a0(n\u00a0=\u00a01)" if len(values) else "–"
+    return f"{values.mean():.2f}\u00a0±\u00a0{values.std():.2f}"
+
+
+def tabulate(scores: Mapping[Any, Score], names: Sequence[str]) -> pd.DataFrame:
+    """Test and train accuracy of every run, the long table that figures take.
+
+    scores: key -> Score. names: of the columns that hold the parts of a key. The other columns are
+    seed, split and accuracy (%).
+    """
+    parts = []
+    for key, score in scores.items():
+        labels = dict(zip(names, key if isinstance(key, tuple) else (key,)))
+        for split, what in (("test", "accuracy"), ("train", "train_accuracy")):
+            part = score.values(what).rename("accuracy (%)").rename_axis("seed").reset_index()
+            parts.append(part.assign(split=split, **labels))
+    return pd.concat(parts, ignore_index=True)
 
 
 @dataclass
 class Claims:
-    """What a notebook asserts, with the evidence; a claim can fail, and then says so.
+    """What a notebook asserts, with the evidence: each claim holds, fails or is not settled.
 
-    As the last expression of a cell it is shown as a table. `python -m labutils run` and nbval fail
-    on a claim that fails in the quick profile; a person who explores is never stopped by one.
+    As the last expression of a cell it shows the claims made since it was last shown. A claim that
+    fails never stops the person who explores; `python -m labutils run` counts it.
+    Accuracies are compared seed by seed: a claim is settled by the 95 % t interval of the mean
+    difference. Where there is one seed, by McNemar's exact test (1947) on the images of the test
+    split, 5 % two-sided: those that one network alone gets right against those of the other.
     """
 
     exercise: str
     headline: str = ""
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    headline_rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: dict[str, dict[str, str]] = field(default_factory=dict)  # by claim
+    headline_rows: dict[str, dict[str, Any]] = field(default_factory=dict)  # by model
+    _new: list[str] = field(default_factory=list)
 
-    def add(self, claim: str, holds: bool, evidence: str) -> None:
-        """claim: a sentence. holds: whether the numbers bear it out. evidence: those numbers."""
-        self.rows.append({"claim": claim, "evidence": evidence, "holds": bool(holds)})
+    def add(self, claim: str, holds: bool | None, evidence: str) -> None:
+        """claim: a sentence. holds: what the numbers say, None if they do not settle it."""
+        verdict = "not settled" if holds is None else "holds" if holds else "fails"
+        self.rows[claim] = {"claim": claim, "evidence": evidence, "verdict": verdict}
+        self._new.append(claim)
 
-    def record(
+    def above(self, claim: str, more: Any, less: Any, *, by: float = 0.0) -> None:
+        """Claim that one score lies above another by more than `by` points.
+
+        more, less: Scores, or numbers for each seed (Series) such as a difference of two Scores.
+        """
+        low, high, evidence = _compare(more, less)
+        verdict = True if low > by else False if high < by else None
+        self.add(claim, verdict, evidence)
+
+    def below(self, claim: str, less: Any, more: Any, *, by: float = 0.0) -> None:
+        """Claim that one score lies below another by more than `by` points, see above."""
+        self.above(claim, more, less, by=by)
+
+    def close(self, claim: str, one: Any, other: Any, *, within: float) -> None:
+        """Claim that two scores differ by less than `within` points, see above."""
+        low, high, evidence = _compare(one, other)
+        apart = low > within or high < -within
+        self.add(claim, False if apart else True if max(-low, high) < within else None, evidence)
+
+    def targets(
         self,
-        score: Score,
+        scores: Mapping[str, Score],
         *,
-        model: str,
-        published: float | None = None,
-        target: float | None = None,
+        published: Mapping[str, float] | None = None,
+        target: Mapping[str, float] | None = None,
         headline: bool = True,
     ) -> None:
-        """Add a row of results: test accuracy of a model over its seeds, in percent.
+        """Record the test accuracy of each model, and claim that it reaches its target.
 
-        headline: whether the tables of all exercises show it too, or only that of a sweep.
+        published, target: model -> accuracy in percent.
+        headline: whether the tables of all exercises show the rows too, or only those of a sweep.
         """
-        run = score.runs[0]
-        self.headline_rows.append(
-            {
+        for model, score in scores.items():
+            known, goal = (published or {}).get(model), (target or {}).get(model)
+            values = score.values()
+            if goal:
+                earlier = f", published {known:g} %" if known else ""
+                self.add(
+                    f"{model} reaches {goal:g} %", values.mean() >= goal, f"{score} %{earlier}"
+                )
+            self.headline_rows[model] = {
                 "exercise": self.exercise,
                 "model": model,
                 "dataset": score.data.name,
                 "metric": "accuracy",
                 "split": "test",
-                "mean": round(score.mean(), 3),
-                "std": round(score.std(), 3),
-                "n": len(score.runs),
-                "values": [round(value, 3) for value in score.values("accuracy")],
-                "published": published,
-                "target": target,
-                "params": run.info["parameters"],
-                "seconds": round(score.mean("seconds"), 1),
-                "device": run.info["device"],
+                "mean": round(values.mean(), 3),
+                "std": round(values.std(), 3) if len(values) > 1 else 0.0,
+                "n": len(values),
+                "values": [round(value, 3) for value in values],
+                "published": known,
+                "target": goal,
+                "params": score.first.info["parameters"],
+                "seconds": round(score.values("seconds").mean(), 1),
+                "device": score.first.info["device"],
                 "headline": headline,
             }
-        )
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        mark = {True: "holds", False: "FAILS"}
-        lines = [f"{mark[row['holds']]}: {row['claim']} ({row['evidence']})" for row in self.rows]
+        shown, self._new = [self.rows[claim] for claim in dict.fromkeys(self._new)], []
+        lines = [f"{row['verdict']}: {row['claim']} ({row['evidence']})" for row in shown]
         cells = "".join(
             f"<tr><td style='text-align:left'>{html.escape(row['claim'])}</td>"
             f"<td style='text-align:left'>{html.escape(row['evidence'])}</td>"
-            f"<td>{'✔' if row['holds'] else '✘'} {mark[row['holds']]}</td></tr>"
-            for row in self.rows
+            f"<td>{MARKS[row['verdict']]}&nbsp;{row['verdict']}</td></tr>"
+            for row in shown
         )
-        head = "<tr><th>claim</th><th>evidence</th><th></th></tr>"
-        return {
-            "text/plain": "\n".join([*lines, self.headline]),
-            "text/html": f"<table>{head}{cells}</table><p>{html.escape(self.headline)}</p>",
-            MEDIA_TYPE: asdict(self),
+        head = "<tr><th>claim</th><th>evidence</th><th>verdict</th></tr>"
+        reported = {
+            "exercise": self.exercise,
+            "headline": self.headline,
+            "rows": list(self.rows.values()),
+            "headline_rows": list(self.headline_rows.values()),
         }
+        return {
+            "text/plain": "\n".join(lines) or "no new claim",
+            "text/html": f"<table>{head}{cells}</table>",
+            MEDIA_TYPE: reported,
+        }
+
+
+def _compare(one: Any, other: Any) -> tuple[float, float, str]:
+    """The 95 % interval of the mean difference in points, infinite if unknown, and the evidence."""
+    first, second = (side.values() if isinstance(side, Score) else side for side in (one, other))
+    apart = (first - second).dropna()
+    evidence = f"{mean_std(first)} against {mean_std(second)}"
+    if len(apart) > 1:
+        from scipy import stats
+
+        width = stats.t.ppf(0.975, len(apart) - 1) * apart.std() / math.sqrt(len(apart))
+        evidence = f"{evidence}: {mean_std(apart)} points, n = {len(apart)}"
+        return apart.mean() - width, apart.mean() + width, evidence
+    if isinstance(one, Score) and isinstance(other, Score) and len(apart):
+        try:
+            return _mcnemar(one.hits, other.hits, evidence)
+        except RunError:
+            evidence += ", no weights stored to compare the images"
+    return -math.inf, math.inf, evidence
+
+
+def _mcnemar(one: Tensor, other: Tensor, evidence: str) -> tuple[float, float, str]:
+    """The interval of the difference on the same images; it excludes 0 if the exact test does."""
+    from scipy import stats
+
+    n, only, others = len(one), int((one & ~other).sum()), int((other & ~one).sum())
+    p = stats.binomtest(only, only + others).pvalue if only + others else 1.0
+    gain = 100 * (only - others) / n
+    width = 196 / n * math.sqrt(only + others - (only - others) ** 2 / n)
+    if p >= 0.05:  # the normal interval may be a little narrower than the exact test allows
+        width = max(width, abs(gain))
+    alone = f"{100 * only / n:.1f} % against {100 * others / n:.1f} % of {n:,} images alone right"
+    return gain - width, gain + width, f"{evidence}: {alone}, p = {p:.3f}"

@@ -1,114 +1,210 @@
-"""What a notebook does with its runs: set-up line, scores, table of results."""
+"""What notebooks are written with: the set-up line, and all runs of an exercise in one object."""
 
 from __future__ import annotations
 
 import platform
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
+import pandas as pd
 import torch
+from pydantic import Field
+from torch import nn
 
 from .. import __version__
 from ..base.device import device_name, resolve_device, seed_everything
-from ..base.settings import check
+from ..base.files import atomic_write, images_dir
+from ..base.settings import Seed, TrainConfig, check
 from ..data.tensors import ImageData
-from ..training.runs import Run, RunError
+from ..training.loop import train
+from ..training.runs import Run, publish
+from . import parameters
+from .claims import Score, mean_std
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from matplotlib.figure import Figure
 
 
-def start(namespace: Mapping[str, Any], /, **kinds: Any) -> None:
-    """Check a notebook's parameters, seed everything, print what runs where.
+_COLUMNS = {  # of a table of results, with the digits after the point
+    "precision (%)": ("precision", 2),
+    "loss (nats)": ("loss", 3),
+    "calibration error (%)": ("calibration_error", 2),
+    "epochs": ("epochs", 1),
+}
 
-    namespace: the notebook's globals(). kinds: parameter name -> its type hint; `profile` is one.
-    Raises ValueError naming each parameter that has a value of another type.
+
+def start(profile: str) -> None:
+    """Check the notebook's parameters, seed everything, print what runs where.
+
+    profile: 'quick' or 'full', the notebook's own name for its set of parameters.
+    Raises ValueError naming each parameter whose value is not allowed.
     """
-    try:
-        check("parameter", kinds, namespace)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}\nChange it in the parameters cell, or in papermill's -p NAME VALUE or YAML "
-            "file (lists only work in YAML)."
-        ) from None
+    parameters.check_session()
     seed_everything(0)
     print(
-        f"profile {namespace['profile']} · labutils {__version__} · torch {torch.__version__} · "
+        f"profile {profile} · labutils {__version__} · torch {torch.__version__} · "
         f"Python {platform.python_version()} · {device_name(resolve_device())}"
     )
 
 
-def mean_std(values: Sequence[float]) -> str:
-    """'mean ± sample deviation', without the deviation for one value, a dash for none."""
-    if not values:
-        return "–"
-    deviation = f"\u00a0±\u00a0{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
+class Experiment:
+    """All runs of a notebook: trained or loaded, named by their labels, in one table.
 
-
-@dataclass(frozen=True)
-class Score:
-    """One row of results: a model over its seeds. Accuracies, precision and errors in percent."""
-
-    runs: Sequence[Run]
-    data: ImageData
-
-    def values(self, what: str, *, tta: bool = False) -> list[float]:
-        """One number a seed. what: a field of Metrics, on the test split, or epochs or seconds.
-
-        tta: with test-time augmentation, see predict.
-        """
-        if stopped := [run.name for run in self.runs if run.stop_reason == "interrupted"]:
-            raise RunError(f"results: {', '.join(stopped)} interrupted. Train to the end first.")
-        if what in ("epochs", "seconds"):
-            return [float(getattr(run, what)) for run in self.runs]
-        scale = 1 if what == "loss" else 100
-        return [scale * getattr(run.test(self.data, tta=tta), what) for run in self.runs]
-
-    def mean(self, what: str = "accuracy", *, tta: bool = False) -> float:
-        return statistics.fmean(self.values(what, tta=tta))
-
-    def std(self, what: str = "accuracy", *, tta: bool = False) -> float:
-        """Standard deviation over seeds, of the sample; 0 for a single seed."""
-        values = self.values(what, tta=tta)
-        return statistics.stdev(values) if len(values) > 1 else 0.0
-
-    def text(self, *, tta: bool = False) -> str:
-        """Test accuracy as 'mean ± deviation'; a single seed has no deviation."""
-        return mean_std(self.values("accuracy", tta=tta))
-
-
-def results(
-    scores: Mapping[tuple[str, str], Score],
-    *,
-    tta: bool = False,
-    **references: Mapping[str, float],
-) -> pd.DataFrame:
-    """The table of a comparison on the test split: means over seeds, accuracy with its deviation.
-
-    scores: (recipe, model) -> Score. tta: add a column for the accuracy with test-time flip, from
-    the mean of the logits of each image and of its mirror image. references: more columns, model ->
-    accuracy in percent, a published result for example.
+    exercise: '1.1', say: first part of every run's name.
+    data: what is trained on unless `fit` is given other data.
+    seeds: one run for each, so that results carry their deviation.
+    retrain: train even where a finished run of the same settings is stored.
+    publish: whether `publish` does anything.
     """
-    import pandas as pd
 
-    rows = {
-        key: {
-            "parameters": f"{score.runs[0].info['parameters']:,}",
-            "seeds": len(score.runs),
-            "accuracy (%)": score.text(),
-            **({"test-time flip (%)": score.text(tta=True)} if tta else {}),
-            **{f"{name} (%)": values.get(key[1]) for name, values in references.items()},
-            "precision (%)": f"{score.mean('precision'):.2f}",
-            "loss (nats)": f"{score.mean('loss'):.3f}",
-            "calibration error (%)": f"{score.mean('calibration_error'):.2f}",
-            "epochs": f"{score.mean('epochs'):.1f}",
-            "time a run": f"{score.mean('seconds'):.1f} s",
-        }
-        for key, score in scores.items()
+    def __init__(
+        self,
+        exercise: str,
+        data: ImageData,
+        *,
+        seeds: Sequence[int],
+        retrain: bool = False,
+        publish: bool = False,
+    ) -> None:
+        self.exercise, self.data, self.retrain, self.publishes = exercise, data, retrain, publish
+        self.seeds = _check_seeds(seeds)
+        self._rows: dict[str, dict[str, Any]] = {}  # by the run's name: a cell can run twice
+
+    def fit(
+        self,
+        build: Callable[[], nn.Module],
+        config: TrainConfig,
+        *,
+        seeds: Sequence[int] | None = None,
+        data: ImageData | None = None,
+        **labels: Any,
+    ) -> Score:
+        """Train a network once for each seed, or load the finished runs, and remember them.
+
+        build: makes the network with fresh weights; it is called under the seed.
+        labels: what tells this training from the others. They name the run and become columns of
+            `frame`, and are no part of what a stored run is found by.
+        Raises KeyboardInterrupt if a training was interrupted: an unfinished run is no result.
+        """
+        data, runs = data or self.data, {}
+        for seed in self.seeds if seeds is None else _check_seeds(seeds):
+            seed_everything(seed)
+            words = [self.exercise, *map(_label_text, labels.items()), f"seed{seed}"]
+            name, config = "_".join(words), replace(config, seed=seed)
+            run = train(build(), data, config, name=name, retrain=self.retrain)
+            if run.stop_reason == "interrupted":
+                raise KeyboardInterrupt(f"{name} was interrupted. Run the cell again to go on.")
+            runs[seed] = run
+            self._rows[name] = {**labels, "seed": seed, "run": run, "data": data}
+        return Score(runs, data)
+
+    def score(self, **labels: Any) -> Score:
+        """The runs with these labels, one for each seed.
+
+        Raises ValueError if there are none, or several of one seed.
+        """
+        rows = [row for row in self._rows.values() if labels.items() <= row.items()]
+        runs = {row["seed"]: row["run"] for row in rows}
+        if not rows or len(runs) < len(rows):
+            raise ValueError(
+                f"score: {labels} are the labels of {len(rows)} runs of {len(runs)} seeds. "
+                "Give labels that one comparison of `fit` has alone."
+            )
+        return Score(runs, rows[0]["data"])
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row for each run: its labels and seed, and how its training went on train and val."""
+        return pd.DataFrame([_row(row) for row in self._rows.values()])
+
+    def histories(self, **labels: Any) -> pd.DataFrame:
+        """One row for each epoch of the runs with these labels: labels, seed, epoch, history."""
+        found = []
+        for row in self._rows.values():
+            if labels.items() <= row.items():
+                told = {name: row[name] for name in row if name not in ("run", "data")}
+                found.append(row["run"].history.reset_index().assign(**told))
+        return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+    def results(
+        self,
+        scores: Mapping[tuple[str, str], Score],
+        *,
+        tta: bool = False,
+        **references: Mapping[str, float],
+    ) -> pd.DataFrame:
+        """The table of a comparison on the test split: means over seeds, accuracy with deviation.
+
+        scores: (recipe, model) -> Score. tta: add a column for the accuracy with test-time flip.
+        references: more columns, model -> accuracy in percent, published results for example.
+        """
+        rows, references = {}, {name: known for name, known in references.items() if known}
+        for (recipe, model), score in scores.items():
+            parameters = f"{score.first.info['parameters']:,}"
+            row: dict[str, Any] = {"parameters": parameters, "n": len(score.runs)}
+            row["accuracy (%)"] = str(score)
+            if tta:
+                row["with flip (%)"] = mean_std(score.values(tta=True))
+            for name, known in references.items():
+                row[f"{name} (%)"] = f"{known[model]:g}" if model in known else "–"
+            for heading, (what, digits) in _COLUMNS.items():
+                row[heading] = f"{score.values(what).mean():.{digits}f}"
+            row["time a run"] = f"{score.values('seconds').mean():.1f} s"
+            rows[recipe, model] = row
+        table = pd.DataFrame.from_dict(rows, orient="index")
+        table.index = pd.MultiIndex.from_tuples(rows, names=["recipe", "model"])
+        return table
+
+    def publish(
+        self,
+        *,
+        weights: Iterable[Run] = (),
+        figures: Mapping[str, Figure] | None = None,
+        half: bool = False,
+    ) -> None:
+        """Copy all runs into models/ and figures into images/, if the experiment publishes.
+
+        weights: the runs whose weights are published too, as float16 if `half`. figures: by name.
+        """
+        if not self.publishes:
+            return
+        command = f"python -m labutils run {self.exercise} --profile full -p retrain true"
+        chosen = {id(run) for run in weights}
+        for row in self._rows.values():
+            publish(row["run"], weights=id(row["run"]) in chosen, command=command, half=half)
+        for name, figure in (figures or {}).items():
+            with atomic_write(images_dir() / f"{name}.png") as file:
+                # Without the software's version, so that the same figure is the same file.
+                figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+
+
+def _check_seeds(seeds: Sequence[int]) -> list[int]:
+    kinds = {"seeds": Annotated[list[Seed], Field(min_length=1)]}
+    found = check("Experiment", kinds, {"seeds": list(seeds)})["seeds"]
+    if len(set(found)) < len(found):
+        raise ValueError(f"Experiment: seeds = {found} names one twice. Give every seed once.")
+    return found
+
+
+def _label_text(label: tuple[str, Any]) -> str:
+    """A label in the name of a run: its value, with its name where the value is a number."""
+    name, value = label
+    return (
+        re.sub(r"[^\w.-]+", "-", value, flags=re.A)
+        if isinstance(value, str)
+        else f"{name}{value:g}"
+    )
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    run, best = row["run"], row["run"].best
+    return {name: row[name] for name in row if name not in ("run", "data")} | {
+        "epochs": run.epochs,
+        "seconds": run.seconds,
+        "val_loss": best("val_loss"),
+        "val accuracy (%)": 100 * best("val_accuracy"),
+        "train accuracy (%)": 100 * best("train_accuracy"),
+        "stopped": run.stop_reason,
     }
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index = pd.MultiIndex.from_tuples(rows, names=["recipe", "model"])
-    return table

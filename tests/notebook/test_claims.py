@@ -1,47 +1,170 @@
-"""Claims travel with the notebook that makes them."""
+"""Verdicts against scipy's tests, and claims that travel with the notebook that makes them."""
 
+import math
+import statistics
+
+import pandas as pd
 import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
 
 import labutils as lab
 from labutils.notebook.claims import MEDIA_TYPE
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LABUTILS_RUNS", str(tmp_path_factory.mktemp("runs")))
-        data = lab.load_data("digits", device="cpu")
-        found = []
-        for seed in (0, 1, 2):
-            lab.seed_everything(seed)
-            config = lab.TrainConfig(epochs=1, seed=seed)
-            found.append(lab.train(lab.MLP(64, [8], 10), data, config, name=f"m{seed}", track=None))
-        yield data, found
+class Fixed(lab.Score):
+    """A score of given numbers and given hits."""
+
+    def __init__(self, numbers, hits=None):
+        numbers = pd.Series(numbers, dtype=float)
+        object.__setattr__(self, "numbers", numbers)
+        super().__init__(dict.fromkeys(numbers.index), None)
+        if hits is not None:
+            object.__setattr__(self, "given_hits", torch.tensor(hits, dtype=torch.bool))
+
+    def values(self, what="accuracy", *, tta=False):
+        return self.numbers
+
+    @property
+    def hits(self):
+        if not hasattr(self, "given_hits"):
+            raise lab.RunError("no weights")
+        return self.given_hits
 
 
-def test_claims_show_what_holds_and_what_fails():
+def verdict(method, *args, **kwargs):
+    claims = lab.Claims("9.9")
+    getattr(claims, method)("a claim", *args, **kwargs)
+    return claims.rows["a claim"]["verdict"]
+
+
+accuracies = st.lists(st.floats(10, 100), min_size=2, max_size=6)
+
+
+@given(accuracies, accuracies, st.sampled_from([0.0, 1.0, 3.0]))
+def test_scores_of_several_seeds_are_compared_by_the_paired_t_test(one, other, by):
+    n = min(len(one), len(other))
+    one, other = pd.Series(one[:n]), pd.Series(other[:n])
+    assume((one - other).std() > 1e-6)
+    interval = stats.ttest_1samp(one - other, 0).confidence_interval(0.95)
+    assume(min(abs(interval.low - by), abs(interval.high - by)) > 1e-6)
+    expected = "holds" if interval.low > by else "fails" if interval.high < by else "not settled"
+    assert verdict("above", one, other, by=by) == expected
+    assert verdict("below", other, one, by=by) == expected
+
+
+@given(accuracies, accuracies)
+def test_close_means_that_the_whole_interval_is_within(one, other):
+    n = min(len(one), len(other))
+    one, other = pd.Series(one[:n]), pd.Series(other[:n])
+    assume((one - other).std() > 1e-6)
+    low, high = stats.ttest_1samp(one - other, 0).confidence_interval(0.95)
+    expected = "holds" if low > -5 and high < 5 else "not settled"
+    expected = "fails" if low > 5 or high < -5 else expected
+    assert verdict("close", one, other, within=5) == expected
+
+
+def slow_mcnemar(one, other):
+    """Two-sided exact p: how often fair coins fall at least as unevenly."""
+    b = sum(x and not y for x, y in zip(one, other))
+    c = sum(y and not x for x, y in zip(one, other))
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
+    return b - c, min(1.0, 2 * tail)
+
+
+hits = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80)
+
+
+@given(hits)
+def test_one_seed_is_settled_by_mcnemars_exact_test(pairs):
+    one, other = zip(*pairs)
+    lead, p = slow_mcnemar(one, other)
+    scores = [Fixed({0: 100 * sum(side) / len(side)}, side) for side in (one, other)]
+    expected = "not settled" if p >= 0.05 else "holds" if lead > 0 else "fails"
+    assert verdict("above", *scores) == expected
+
+
+def test_one_seed_without_weights_or_of_a_difference_is_not_settled_and_says_why():
+    claims = lab.Claims("9.9")
+    claims.above("no weights", Fixed({0: 90.0}), Fixed({0: 10.0}))
+    claims.above("a difference", pd.Series({0: 5.0}), pd.Series({0: 1.0}))
+    claims.above("no seed in common", Fixed({0: 90.0}), Fixed({1: 10.0}))
+    assert {row["verdict"] for row in claims.rows.values()} == {"not settled"}
+    assert "no weights" in claims.rows["no weights"]["evidence"]
+    assert "n\u00a0=\u00a01" in claims.rows["a difference"]["evidence"]
+
+
+def test_seeds_are_paired_by_their_number_not_their_place():
+    one, other = pd.Series({0: 1.0, 1: 50.0, 2: 9.0}), pd.Series({2: 8.0, 1: 49.0, 0: 0.1})
+    assert verdict("above", one, other) == "holds"
+    assert (Fixed(one) - Fixed(other)).to_dict() == pytest.approx({0: 0.9, 1: 1.0, 2: 1.0})
+
+
+def test_claims_show_what_is_new_and_report_all():
     claims = lab.Claims("1.1", headline="fine")
     claims.add("1 < 2", True, "1 & 2")
     claims.add("<b> is bold", False, "3")
-    bundle = claims._repr_mimebundle_()
-    assert bundle["text/plain"].splitlines() == [
+    first = claims._repr_mimebundle_()
+    assert first["text/plain"].splitlines() == [
         "holds: 1 < 2 (1 & 2)",
-        "FAILS: <b> is bold (3)",
-        "fine",
+        "fails: <b> is bold (3)",
     ]
-    assert "&lt;b&gt; is bold" in bundle["text/html"]
-    assert [row["holds"] for row in bundle[MEDIA_TYPE]["rows"]] == [True, False]
+    assert "&lt;b&gt; is bold" in first["text/html"]
+    claims.add("who knows", None, "4")
+    claims.add("1 < 2", True, "a cell that ran twice")
+    second = claims._repr_mimebundle_()
+    assert second["text/plain"].splitlines() == [
+        "not settled: who knows (4)",
+        "holds: 1 < 2 (a cell that ran twice)",
+    ]
+    reported = second[MEDIA_TYPE]
+    assert [row["verdict"] for row in reported["rows"]] == ["holds", "fails", "not settled"]
+    assert (reported["exercise"], reported["headline"]) == ("1.1", "fine")
+    assert claims._repr_mimebundle_()["text/plain"] == "no new claim"
 
 
-def test_a_recorded_score_becomes_a_headline_row(runs):
-    data, found = runs
-    claims = lab.Claims("1.1")
-    claims.record(lab.Score(found, data), model="tiny", published=50, target=60)
-    row = claims._repr_mimebundle_()[MEDIA_TYPE]["headline_rows"][0]
-    assert row["mean"] == pytest.approx(lab.Score(found, data).mean(), abs=1e-3)
+def test_targets_are_claimed_and_every_score_becomes_a_row(trained):
+    claims, score = lab.Claims("9.9"), trained.score(recipe="ours", model="tiny")
+    claims.targets({"tiny": score}, published={"tiny": 1.0}, target={"tiny": 99.9})
+    claims.targets({"aside": score}, headline=False)
+    assert claims.rows["tiny reaches 99.9 %"]["verdict"] == "fails"
+    reported = claims._repr_mimebundle_()[MEDIA_TYPE]["headline_rows"]
+    row, aside = reported
+    assert row["mean"] == pytest.approx(score.values().mean(), abs=1e-3)
     assert (row["n"], row["dataset"], row["params"]) == (3, "digits", 610)
-    assert (row["published"], row["target"], row["headline"]) == (50, 60, True)
-    values = lab.Score(found, data).values("accuracy")
-    assert row["values"] == [pytest.approx(value, abs=1e-3) for value in values]
-    claims.record(lab.Score(found, data), model="tiny", headline=False)
-    assert [row["headline"] for row in claims.headline_rows] == [True, False]
+    assert (row["published"], row["target"], row["headline"]) == (1.0, 99.9, True)
+    assert row["values"] == [pytest.approx(value, abs=1e-3) for value in score.values()]
+    assert (aside["model"], aside["target"], aside["headline"]) == ("aside", None, False)
+
+
+def test_numbers_are_shown_as_their_mean_and_the_deviation_of_a_sample():
+    assert lab.mean_std([1.0, 2.0, 6.0]) == "3.00\u00a0±\u00a02.65"  # the root of (4 + 1 + 9) / 2
+    assert lab.mean_std([1.234]) == "1.23\u00a0(n\u00a0=\u00a01)"
+    assert lab.mean_std([]) == lab.mean_std([float("nan")]) == "–"
+
+
+def test_a_score_measures_each_seed(trained, data):
+    score = trained.score(recipe="ours", model="tiny")
+    measured = [lab.evaluate(run.model, data.test) for run in score.runs.values()]
+    assert list(score.values()) == pytest.approx([100 * found.accuracy for found in measured])
+    assert list(score.values("loss")) == pytest.approx([found.loss for found in measured])
+    flipped = [lab.evaluate(run.model, data.test, tta=True) for run in score.runs.values()]
+    expected = [100 * found.accuracy for found in flipped]
+    assert list(score.values(tta=True)) == pytest.approx(expected)
+    best = [run.best("val_accuracy") for run in score.runs.values()]
+    assert list(score.values("val_accuracy")) == pytest.approx([100 * value for value in best])
+    assert list(score.values("epochs")) == [1, 1, 1]
+    assert score.hits.sum() == round(measured[0].accuracy * len(data.test))
+
+
+def test_the_long_table_has_a_row_for_each_run_and_split(trained):
+    scores = {(r, "tiny"): trained.score(recipe=r, model="tiny") for r in ("control", "ours")}
+    table = lab.tabulate(scores, ["recipe", "model"])
+    assert len(table) == 2 * 3 * 2
+    means = table.groupby(["split", "recipe"])["accuracy (%)"].mean()
+    ours = scores["ours", "tiny"]
+    assert means["test", "ours"] == pytest.approx(statistics.fmean(ours.values()))
+    assert means["train", "ours"] == pytest.approx(ours.values("train_accuracy").mean())
+    assert list(lab.tabulate({3: ours}, ["width"]).width.unique()) == [3]

@@ -1,103 +1,168 @@
-"""Set-up line, scores and claims of a notebook."""
+"""An experiment trains, names, remembers, tabulates and publishes the runs of a notebook."""
 
-import copy
-import statistics
+import dataclasses
 
 import pytest
 
 import labutils as lab
+from labutils.notebook import experiment
+
+CONFIG = lab.TrainConfig(epochs=1)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LABUTILS_RUNS", str(tmp_path_factory.mktemp("runs")))
-        data = lab.load_data("digits", device="cpu")
-        found = []
-        for seed in (0, 1, 2):
-            lab.seed_everything(seed)
-            config = lab.TrainConfig(epochs=1, seed=seed)
-            found.append(lab.train(lab.MLP(64, [8], 10), data, config, name=f"m{seed}", track=None))
-        yield data, found
+def make_model():
+    return lab.MLP(64, [8], 10)
 
 
 def test_start_prints_what_runs_where(capsys):
-    lab.start({"profile": "quick", "epochs": 3}, profile=str, epochs=int)
+    lab.start("quick")
     line = capsys.readouterr().out
     assert line.startswith(f"profile quick · labutils {lab.__version__} · torch ")
     assert line.count("\n") == 1
 
 
+def test_every_seed_is_trained_as_by_hand(trained, data):
+    score = trained.score(recipe="ours", model="tiny")
+    assert list(score.runs) == [0, 1, 2]
+    for seed, run in score.runs.items():
+        lab.seed_everything(seed)
+        config = lab.TrainConfig(epochs=1, lr=1e-2, seed=seed)
+        by_hand = lab.train(make_model(), data, config, track=None)
+        assert by_hand.key == run.key
+        assert by_hand.best("val_loss") == run.best("val_loss")
+
+
+def test_labels_name_the_run_and_are_no_part_of_its_key(data):
+    ex = lab.Experiment("9.9", data, seeds=[3])
+    one = ex.fit(make_model, CONFIG, recipe="ours", distortion=0.5, depth=2)
+    other = ex.fit(make_model, CONFIG, recipe="the same again")
+    assert one.first.name == "9.9_ours_distortion0.5_depth2_seed3"
+    assert one.first.key == other.first.key
+    assert other.first.stored
+
+
+def test_retrain_trains_what_is_stored(data):
+    for retrain in (False, True):
+        ex = lab.Experiment("9.9", data, seeds=[3], retrain=retrain)
+        ex.fit(make_model, CONFIG, model="tiny")
+        assert ex.fit(make_model, CONFIG, model="again").first.stored != retrain
+
+
+def test_the_frame_has_a_row_for_each_run(trained):
+    frame = trained.frame
+    assert list(frame.recipe) == ["control"] * 3 + ["ours"] * 3
+    assert list(frame.seed) == [0, 1, 2] * 2
+    run = trained.score(recipe="ours", model="tiny").runs[1]
+    row = frame.iloc[4]
+    assert row.val_loss == run.best("val_loss")
+    assert row["val accuracy (%)"] == 100 * run.best("val_accuracy")
+    assert (row.epochs, row.stopped) == (1, "finished all 1 epochs")
+    pivot = frame.pivot_table("val_loss", "model", "recipe")
+    mean = frame[frame.recipe == "ours"].val_loss.mean()
+    assert pivot.loc["tiny", "ours"] == pytest.approx(mean)
+
+
+def test_a_cell_that_runs_twice_adds_nothing(data):
+    ex = lab.Experiment("9.9", data, seeds=[0, 1])
+    for _ in range(2):
+        ex.fit(make_model, CONFIG, model="tiny")
+    assert len(ex.frame) == len(ex.score(model="tiny").runs) == 2
+
+
+def test_histories_are_long_tables_with_labels(trained):
+    table = trained.histories(recipe="ours")
+    assert len(table) == 3
+    assert set(table.recipe) == {"ours"}
+    assert {"seed", "epoch", "train_loss", "val_loss", "val_accuracy"} <= set(table.columns)
+    assert len(trained.histories()) == 6
+    assert trained.histories(recipe="none").empty
+
+
+@pytest.mark.parametrize(("labels", "found"), [({"recipe": "none"}, 0), ({"model": "tiny"}, 6)])
+def test_labels_of_no_comparison_or_of_several_are_refused(trained, labels, found):
+    with pytest.raises(ValueError, match=f"{found} runs of"):
+        trained.score(**labels)
+
+
 @pytest.mark.parametrize(
-    ("value", "kind", "message"),
+    ("seeds", "message"),
     [
-        ("3", int, r"epochs = '3'"),
-        (3.0, int, r"epochs = 3\.0"),
-        (True, int, r"epochs = True"),
-        ("(0, 1)", list[int], r"epochs = '\(0, 1\)'"),
-        ([0, "1"], list[int], r"epochs\[1\] = '1'"),
-        ("True", bool, r"epochs = 'True'"),
+        ([], r"Experiment: seeds = \[\]"),
+        ([-1], r"Experiment: seeds\[0\] = -1"),
+        ([0, 0], r"seeds = \[0, 0\] names one twice"),
+        (["0"], r"Experiment: seeds\[0\] = '0'"),
     ],
 )
-def test_start_names_a_parameter_of_the_wrong_type_and_what_to_do(value, kind, message):
-    with pytest.raises(ValueError, match=rf"parameter: {message}.*\n.*parameters cell"):
-        lab.start({"profile": "quick", "epochs": value}, profile=str, epochs=kind)
+def test_seeds_are_checked_before_anything_trains(data, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        lab.Experiment("9.9", data, seeds=seeds)
 
 
-def test_numbers_are_shown_as_their_mean_and_the_deviation_of_a_sample():
-    assert lab.mean_std([1.0, 2.0, 6.0]) == "3.00\u00a0±\u00a02.65"  # the root of (4 + 1 + 9) / 2
-    assert lab.mean_std([1.234]) == "1.23"
-    assert lab.mean_std([]) == "–"
+def test_an_interrupted_training_stops_the_notebook(data, monkeypatch):
+    ex = lab.Experiment("9.9", data, seeds=[0])
+    stopped = ex.fit(make_model, CONFIG, model="tiny").first
+    stopped.info["stop_reason"] = "interrupted"
+    monkeypatch.setattr(experiment, "train", lambda *_, **__: stopped)
+    with pytest.raises(KeyboardInterrupt, match=r"9\.9_other_seed0 was interrupted"):
+        ex.fit(make_model, CONFIG, model="other")
+    assert len(ex.frame) == 1
 
 
-def test_a_score_is_the_mean_and_deviation_over_seeds(runs):
-    data, found = runs
-    score = lab.Score(found, data)
-    accuracies = [100 * lab.evaluate(run.model, data.test).accuracy for run in found]
-    assert score.mean() == pytest.approx(statistics.fmean(accuracies))
-    assert score.std() == pytest.approx(statistics.stdev(accuracies))
-    assert score.text() == f"{score.mean():.2f}\u00a0±\u00a0{score.std():.2f}"
-    single = lab.Score(found[:1], data)
-    assert single.std() == 0.0
-    assert single.text() == f"{single.mean():.2f}"
-    losses = [lab.evaluate(run.model, data.test).loss for run in found]
-    assert score.mean("loss") == pytest.approx(statistics.fmean(losses))
-    assert score.mean("epochs") == 1
+def test_the_results_have_a_row_for_each_score(trained, data):
+    score = trained.score(recipe="ours", model="tiny")
+    scores = {("ours", "tiny"): score}
+    table = trained.results(scores, tta=True, published={"tiny": 69.9}, target={})
+    row = table.loc[("ours", "tiny")]
+    assert (
+        row["accuracy (%)"] == f"{score.values().mean():.2f}\u00a0±\u00a0{score.values().std():.2f}"
+    )
+    assert row["with flip (%)"] == lab.mean_std(score.values(tta=True))
+    assert (row["parameters"], row["n"]) == ("610", 3)
+    assert row["published (%)"] == "69.9"
+    assert row["loss (nats)"] == f"{score.values('loss').mean():.3f}"
+    assert "target (%)" not in table
+    assert "with flip (%)" not in trained.results(scores)
+    assert table.index.names == ["recipe", "model"]
 
 
-def test_the_results_table_has_a_row_a_model_with_its_numbers(runs):
-    data, found = runs
-    score = lab.Score(found, data)
-    table = lab.results({("ours", "tiny"): score, ("published", "tiny"): score})
-    assert list(table.index) == [("ours", "tiny"), ("published", "tiny")]
-    shown = table.loc[("ours", "tiny")]
-    assert shown["accuracy (%)"].split() == [f"{score.mean():.2f}", "±", f"{score.std():.2f}"]
-    assert shown["parameters"] == "610"
-    assert shown["seeds"] == 3
+def test_only_an_experiment_that_publishes_does(data, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(experiment, "images_dir", lambda: tmp_path / "images")
+    figure, ax = plt.subplots()
+    ax.plot([1, 2])
+    for publish in (False, True):
+        ex = lab.Experiment("9.9", data, seeds=[0, 1], publish=publish)
+        score = ex.fit(make_model, CONFIG, model="tiny")
+        ex.publish(weights=[score.first], figures={"9.9_line": figure})
+        cards = sorted(path.name for path in (tmp_path / "models").glob("*.json"))
+        assert len(cards) == 2 * publish
+    weights = list((tmp_path / "models").glob("*.safetensors"))
+    assert [path.stem for path in weights] == [f"9.9_tiny_seed0-{score.first.key}"]
+    first = (tmp_path / "images" / "9.9_line.png").read_bytes()
+    ex.publish(figures={"9.9_line": figure})
+    assert (tmp_path / "images" / "9.9_line.png").read_bytes() == first
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["9.9_line.png"]
 
 
-def test_test_time_flip_is_a_column_of_its_own(runs):
-    data, found = runs
-    score = lab.Score(found, data)
-    flipped = [100 * lab.evaluate(run.model, data.test, tta=True).accuracy for run in found]
-    expected = f"{statistics.fmean(flipped):.2f}\u00a0±\u00a0{statistics.stdev(flipped):.2f}"
-    for tta in (True, False):
-        table = lab.results({("ours", "tiny"): score}, tta=tta)
-        assert ("test-time flip (%)" in table) == tta
-    table = lab.results({("ours", "tiny"): score}, tta=True)
-    assert table.loc[("ours", "tiny"), "test-time flip (%)"] == expected
-    assert table.loc[("ours", "tiny"), "accuracy (%)"] != expected
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "images_dir", lambda: tmp_path)
+    (tmp_path / "old.png").write_bytes(b"old")
+
+    class Broken:
+        def savefig(self, file, **_):
+            file.write(b"half")
+            raise OSError("disk full")
+
+    ex = lab.Experiment("9.9", data, seeds=[0], publish=True)
+    with pytest.raises(OSError, match="disk full"):
+        ex.publish(figures={"old": Broken()})
+    assert (tmp_path / "old.png").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.glob("*.png")] == ["old.png"]
 
 
-def test_references_are_columns_of_the_table(runs):
-    data, found = runs
-    table = lab.results({("ours", "tiny"): lab.Score(found, data)}, published={"tiny": 69.9})
-    assert table.loc[("ours", "tiny"), "published (%)"] == 69.9
-
-
-def test_an_interrupted_run_is_no_result(runs):
-    data, found = runs
-    stopped = copy.copy(found[0])
-    stopped.info = {**found[0].info, "stop_reason": "interrupted"}
-    with pytest.raises(lab.RunError, match="m0 interrupted"):
-        lab.Score([stopped, found[1]], data).mean()
+def test_other_data_is_remembered_with_its_runs(data):
+    other = dataclasses.replace(data, name="others")
+    ex = lab.Experiment("9.9", data, seeds=[0])
+    assert ex.fit(make_model, CONFIG, data=other, model="tiny").data.name == "others"
+    assert ex.score(model="tiny").data.name == "others"
