@@ -23,7 +23,7 @@ _EXPORTS = {
     "models.convnets": ["CNN", "FullyConvCNN", "SimpleCNN"],
     "models.resnet": ["ResNet"],
     "models.fastnet": ["FastNet"],
-    "evaluation.metrics": ["Metrics", "evaluate", "predict", "reliability"],
+    "evaluation.metrics": ["Metrics", "calibration_bins", "evaluate", "predict"],
     "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary"],
     "training.runs": ["Run", "RunError", "publish"],
     "training.loop": ["train"],

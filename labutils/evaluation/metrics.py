@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ from ..base.settings import Precision, check
 from ..data.tensors import Split
 from ..models.registry import evaluating
 
-CALIBRATION_BINS = 15  # as in Guo et al. 2017, https://arxiv.org/abs/1706.04599
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Scores of a classifier on one split: fractions in [0, 1], loss in nats."""
+    """How good a classifier is on one split: fractions in [0, 1], loss in nats."""
 
     n: int
     loss: float
@@ -30,7 +31,7 @@ class Metrics:
     precision: float  # this and the next two: mean over classes, weighted by their share
     recall: float
     f1: float
-    calibration_error: float  # expected |confidence - accuracy|, 15 equal bins
+    calibration_error: float  # mean over images of |accuracy - confidence| of their bin
     per_class: list[float]  # accuracy within each class
     confusion: list[list[int]]  # [true class][predicted class], images
 
@@ -39,11 +40,9 @@ class Metrics:
         return cls(**{**values, "accuracy_interval": tuple(values["accuracy_interval"])})
 
     def __str__(self) -> str:
-        low, high = self.accuracy_interval
-        return (
-            f"accuracy {100 * self.accuracy:.2f} % [{100 * low:.2f}, {100 * high:.2f}], "
-            f"loss {self.loss:.4f}, n = {self.n:,}"
-        )
+        accuracy, low, high = (100 * share for share in (self.accuracy, *self.accuracy_interval))
+        interval = f"[{low:.2f}, {high:.2f}]"
+        return f"accuracy {accuracy:.2f} % {interval}, loss {self.loss:.4f}, n = {self.n:,}"
 
 
 def evaluate(
@@ -63,7 +62,7 @@ def evaluate(
     Raises ValueError if the split is empty or the model's output is not [N, num_classes].
     """
     options = {"batch_size": batch_size, "precision": precision, "tta": tta}
-    return score(predict(model, split, **options), split.labels, top_k=top_k)
+    return metrics_from_logits(predict(model, split, **options), split.labels, top_k=top_k)
 
 
 @torch.inference_mode()
@@ -87,18 +86,18 @@ def predict(
     check("evaluate", {"precision": Precision}, {"precision": precision})
     parameter = next(model.parameters(), None)
     device = split.images.device if parameter is None else parameter.device
-    logits = []
+    batches = []
     with evaluating(model), autocast(usable_precision(precision, device), device):
         for images, _ in split.batches(batch_size):
             images = images.to(device)
-            found = model(images)
-            logits.append((found.float() + model(images.flip(-1)).float()) / 2 if tta else found)
-    if logits[0].ndim != 2 or len(logits[0]) != min(batch_size, len(split)):
+            logits = model(images)
+            batches.append((logits.float() + model(images.flip(-1)).float()) / 2 if tta else logits)
+    if batches[0].ndim != 2 or len(batches[0]) != min(batch_size, len(split)):
         raise ValueError(
-            f"evaluate: the model returned shape {list(logits[0].shape)} for a batch. "
+            f"evaluate: the model returned shape {list(batches[0].shape)} for a batch. "
             "A classifier returns logits [N, num_classes]."
         )
-    return torch.cat(logits).float().to(split.images.device)
+    return torch.cat(batches).float().to(split.images.device)
 
 
 def loss_and_accuracy(
@@ -110,7 +109,7 @@ def loss_and_accuracy(
     return F.cross_entropy(logits, split.labels).item(), hits.item()
 
 
-def score(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
+def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
     """Metrics from logits float [N, num_classes] and labels int64 [N].
 
     Raises ValueError if shapes disagree or a label has no column.
@@ -120,25 +119,23 @@ def score(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
 
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(
-            f"score: logits {list(logits.shape)} and labels {list(labels.shape)}. "
+            f"evaluate: logits {list(logits.shape)} and labels {list(labels.shape)}. "
             "Needed: [N, num_classes] and [N] with N >= 1."
         )
     n, num_classes = logits.shape
     if int(labels.max()) >= num_classes:
         raise ValueError(
-            f"score: label {int(labels.max())} with {num_classes} logits an image. "
+            f"evaluate: label {int(labels.max())} with {num_classes} logits an image. "
             "The model needs one output for each class of the data."
         )
-    # From the logits: softmax rounds, and can make two of them equal.
     preds, top_k = logits.argmax(dim=1), min(top_k, num_classes)
-    # Below 1, because torchmetrics counts confidences of exactly 1 in a bin of their own.
-    probs = logits.softmax(dim=1).clamp(max=1 - 2**-24)
     confusion = tm.multiclass_confusion_matrix(preds, labels, num_classes)
     hits = int(confusion.diagonal().sum())
     interval = binomtest(hits, n).proportion_ci(method="wilson")
     weighted = {"num_classes": num_classes, "average": "weighted"}
     # Stable like argmax, so that among equal logits the first is taken, on every machine.
     best = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    bins = calibration_bins(logits, labels)
     return Metrics(
         n=n,
         loss=F.cross_entropy(logits, labels).item(),
@@ -149,28 +146,27 @@ def score(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
         precision=tm.multiclass_precision(preds, labels, **weighted).item(),
         recall=tm.multiclass_recall(preds, labels, **weighted).item(),
         f1=tm.multiclass_f1_score(preds, labels, **weighted).item(),
-        calibration_error=tm.multiclass_calibration_error(
-            probs, labels, num_classes, n_bins=CALIBRATION_BINS
-        ).item(),
+        calibration_error=float((bins.accuracy - bins.confidence).abs() @ bins.images / n),
         per_class=(confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)).tolist(),
         confusion=confusion.tolist(),
     )
 
 
-def reliability(logits: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """The bins of a reliability diagram that hold images: confidence, accuracy, images.
+def calibration_bins(logits: Tensor, labels: Tensor) -> pd.DataFrame:
+    """Images sorted into 15 equal bins by confidence (Guo 2017, https://arxiv.org/abs/1706.04599).
 
-    logits float [N, num_classes], labels int64 [N]. confidence and accuracy are means in the bin,
-    fractions; 15 equal bins, as in calibration_error.
+    logits: float [N, num_classes]. labels: int64 [N].
+    Columns: confidence and accuracy, means in the bin, fractions; images, how many. Bins without
+    images have no row.
     """
-    labels = labels.cpu()
+    import pandas as pd
+
     confidence, preds = logits.cpu().softmax(dim=1).max(dim=1)
-    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-    images = torch.bincount(bins, minlength=CALIBRATION_BINS)
-    sums = {
-        "confidence": torch.bincount(bins, confidence.double(), CALIBRATION_BINS),
-        "accuracy": torch.bincount(bins, (preds == labels).double(), CALIBRATION_BINS),
-    }
-    filled = images > 0
-    means = {name: (total[filled] / images[filled]).tolist() for name, total in sums.items()}
-    return {**means, "images": images[filled].tolist()}
+    confidence = confidence.clamp(max=1 - 2**-24)  # so that 1 is in the last bin
+    bins = torch.bucketize(confidence, torch.linspace(0, 1, 16), right=True) - 1
+    rows = torch.stack([confidence, (preds == labels.cpu()).float(), torch.ones_like(confidence)])
+    # Summed in float32, as torchmetrics does: so were the published values.
+    sums = torch.zeros(3, 16).index_add_(1, bins, rows).double()
+    confidence, accuracy, images = sums[:, sums[2] > 0].numpy()
+    means = {"confidence": confidence / images, "accuracy": accuracy / images}
+    return pd.DataFrame({**means, "images": images.astype(int)})

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 from torch import nn
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 import labutils as lab
 from labutils.base import device
-from labutils.evaluation.metrics import loss_and_accuracy, score
+from labutils.evaluation.metrics import loss_and_accuracy, metrics_from_logits
 
 
 def random_case(seed, n=200, num_classes=10, scale=3.0, absent=()):
@@ -61,7 +62,7 @@ def test_every_field_agrees_with_scikit_learn(case, seed):
     logits, labels = random_case(seed, **CASES[case])
     n, num_classes = logits.shape
     classes, preds, truth = list(range(num_classes)), logits.argmax(1).numpy(), labels.numpy()
-    found = score(logits, labels, top_k=2)
+    found = metrics_from_logits(logits, labels, top_k=2)
     log_probs = logits.double().log_softmax(1).numpy()
     confusion = sk.confusion_matrix(truth, preds, labels=classes)
     averaged = sk.precision_recall_fscore_support(
@@ -83,7 +84,7 @@ def test_every_field_agrees_with_scikit_learn(case, seed):
 @pytest.mark.parametrize("top_k", [1, 3, 5, 9])
 def test_loss_and_top_k_agree_with_scikit_learn_where_all_classes_occur(top_k):
     logits, labels = random_case(1, n=400, num_classes=10)
-    found = score(logits, labels, top_k=top_k)
+    found = metrics_from_logits(logits, labels, top_k=top_k)
     probs = logits.double().softmax(1).numpy()
     assert found.loss == pytest.approx(sk.log_loss(labels, probs), rel=1e-5)
     assert found.top_k == top_k
@@ -101,7 +102,7 @@ def test_the_interval_is_wilsons(hits, misses):
     middle, denominator = p + z * z / (2 * n), 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     expected = max(0, (middle - half) / denominator), min(1, (middle + half) / denominator)
-    assert score(logits, labels).accuracy_interval == pytest.approx(expected, abs=1e-9)
+    assert metrics_from_logits(logits, labels).accuracy_interval == pytest.approx(expected, abs=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -111,7 +112,7 @@ def test_ties_are_broken_alike_everywhere(data, num_classes, top_k):
     # Logits so close that softmax makes some of them equal.
     logits = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=8))) * 7.5e-9 + 0.1
     labels = torch.tensor([data.draw(st.integers(0, num_classes - 1)) for _ in logits])
-    found = score(logits, labels, top_k=top_k)
+    found = metrics_from_logits(logits, labels, top_k=top_k)
     assert found.accuracy == (logits.argmax(1) == labels).double().mean().item()
     assert found.top_k_accuracy >= found.accuracy - 1e-6
     if top_k == 1:
@@ -122,22 +123,41 @@ def test_full_confidence_is_in_the_last_bin_for_calibration_too():
     logits, labels = torch.tensor([[100.0, 0.0], [3.0, 0.0]]), torch.tensor([1, 0])
     sure = 1 / (1 + math.exp(-3))
     expected = abs((1 + sure) / 2 - 0.5)
-    assert score(logits, labels).calibration_error == pytest.approx(expected, abs=1e-6)
+    assert metrics_from_logits(logits, labels).calibration_error == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_reliability_agrees_with_a_slow_loop(case):
+def test_calibration_bins_agree_with_a_slow_loop(case):
     logits, labels = random_case(5, **CASES[case])
-    bins = lab.reliability(logits, labels)
+    bins = lab.calibration_bins(logits, labels)
     images, confidence, accuracy = zip(*slow_bins(logits, labels))
-    assert bins["images"] == list(images)
-    assert bins["confidence"] == pytest.approx(confidence, abs=1e-5)
-    assert bins["accuracy"] == pytest.approx(accuracy)
+    assert list(bins.columns) == ["confidence", "accuracy", "images"]
+    assert list(bins.images) == list(images)
+    assert list(bins.confidence) == pytest.approx(confidence, abs=1e-5)
+    assert list(bins.accuracy) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("case", [*CASES, "as many as CIFAR-10 has, all sure"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_calibration_error_is_that_of_torchmetrics_which_the_cards_hold(case, seed):
+    logits, labels = random_case(seed, **CASES.get(case, {"n": 10_000, "scale": 6.0}))
+    # torchmetrics counts confidences of exactly 1 in a bin of their own.
+    probs = logits.softmax(dim=1).clamp(max=1 - 2**-24)
+    expected = multiclass_calibration_error(probs, labels, logits.shape[1], n_bins=15).item()
+    found = metrics_from_logits(logits, labels).calibration_error
+    assert found == pytest.approx(expected, abs=1e-6, rel=0)
+
+
+def test_logits_that_are_no_numbers_do_not_pass_for_calibrated():
+    logits = torch.full((4, 3), math.nan)
+    bins = lab.calibration_bins(logits, torch.tensor([0, 1, 2, 0]))
+    assert list(bins.images) == [4]
+    assert bins.confidence.isna().all()
 
 
 def test_a_perfect_classifier():
     labels = torch.arange(40) % 4
-    found = score(100.0 * nn.functional.one_hot(labels), labels)
+    found = metrics_from_logits(100.0 * nn.functional.one_hot(labels), labels)
     ones = (found.accuracy, found.top_k_accuracy, found.precision, found.recall, found.f1)
     assert ones == (1.0,) * 5
     assert found.per_class == [1.0] * 4
@@ -149,7 +169,7 @@ def test_a_perfect_classifier():
 def test_a_constant_classifier():
     labels = torch.arange(40) % 4
     shares = torch.tensor([0.1, 0.2, 0.4, 0.3])
-    found = score(shares.log().expand(40, 4), labels, top_k=2)
+    found = metrics_from_logits(shares.log().expand(40, 4), labels, top_k=2)
     assert (found.accuracy, found.top_k_accuracy, found.recall) == (0.25, 0.5, 0.25)
     assert found.precision == pytest.approx(0.25**2)
     assert found.f1 == pytest.approx(0.25 * 0.4)
@@ -160,14 +180,14 @@ def test_a_constant_classifier():
 
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_survive_json(case):
-    found = score(*random_case(2, **CASES[case]))
+    found = metrics_from_logits(*random_case(2, **CASES[case]))
     again = lab.Metrics.from_json(json.loads(json.dumps(asdict(found), allow_nan=False)))
     assert again == found
 
 
 def test_the_text_of_metrics_is_in_percent():
     labels = torch.zeros(1000, dtype=torch.int64)
-    found = score(torch.tensor([1.0, 0.0]).expand(1000, 2), labels)
+    found = metrics_from_logits(torch.tensor([1.0, 0.0]).expand(1000, 2), labels)
     assert str(found) == "accuracy 100.00 % [99.62, 100.00], loss 0.3133, n = 1,000"
 
 
@@ -266,14 +286,14 @@ def test_too_few_outputs_are_refused(digits):
 )
 def test_shapes_that_do_not_fit_are_refused(logits, labels):
     with pytest.raises(ValueError, match="Needed: ") as caught:
-        score(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64))
+        metrics_from_logits(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64))
     assert f"logits {list(logits)} and labels {list(labels)}" in str(caught.value)
 
 
 def test_scoring_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        score(*random_case(0, **CASES["one label"]))
+        metrics_from_logits(*random_case(0, **CASES["one label"]))
 
 
 def test_test_time_flip_is_the_mean_of_two_passes(digits):
@@ -285,7 +305,7 @@ def test_test_time_flip_is_the_mean_of_two_passes(digits):
     torch.testing.assert_close(both, (plain + mirror) / 2)
     assert not torch.equal(plain, both)
     torch.testing.assert_close(lab.predict(model, mirrored, tta=True), both)
-    assert lab.evaluate(model, split, tta=True) == score(both, split.labels)
+    assert lab.evaluate(model, split, tta=True) == metrics_from_logits(both, split.labels)
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
