@@ -103,8 +103,8 @@ class Claims:
     As the last expression of a cell it shows the claims made since it was last shown. A claim that
     fails never stops the person who explores; `python -m labutils run` counts it.
     Accuracies are compared seed by seed: a claim is settled by the 95 % t interval of the mean
-    difference. Where there is one seed, by McNemar's exact test (1947) on the images of the test
-    split, 5 % two-sided: those that one network alone gets right against those of the other.
+    difference. One seed or two say too little for that; then McNemar's exact test (1947), 5 %
+    two-sided, looks at the first seed's networks: the test images that only one of them gets right.
     """
 
     exercise: str
@@ -205,11 +205,11 @@ def _compare(one: Any, other: Any) -> tuple[float, float, str]:
     first, second = (side.values() if isinstance(side, Score) else side for side in (one, other))
     apart = (first - second).dropna()
     evidence = f"{mean_std(first)} against {mean_std(second)}"
-    if len(apart) > 1:
+    if len(apart) > 2:
         from scipy import stats
 
         width = stats.t.ppf(0.975, len(apart) - 1) * apart.std() / math.sqrt(len(apart))
-        evidence = f"{evidence}: {mean_std(apart)} points, n = {len(apart)}"
+        evidence = f"{evidence}: by {mean_std(apart)}, n = {len(apart)}"
         return apart.mean() - width, apart.mean() + width, evidence
     if isinstance(one, Score) and isinstance(other, Score) and len(apart):
         try:
