@@ -27,7 +27,7 @@ def start(namespace: Mapping[str, Any], /, **kinds: Any) -> None:
     Raises ValueError naming each parameter that has a value of another type.
     """
     try:
-        check("parameter", kinds, namespace)
+        check("parameter", kinds, {name: namespace[name] for name in kinds})
     except ValueError as error:
         raise ValueError(
             f"{error}\nChange it in the parameters cell, or in papermill's -p NAME VALUE or YAML "
