@@ -357,6 +357,7 @@ def test_a_layer_list_is_refused_exactly_where_the_image_is_gone(layers, height,
     ("model", "options", "message"),
     [
         ("SimpleCNN", {"widths": []}, r"widths = \[\].*at least 1"),
+        ("SimpleCNN", {"widths": [1] * 20_000}, r"widths = \[1, 1.*at most 30"),
         ("SimpleCNN", {"widths": (8, 0)}, r"widths\[1\] = 0.*greater than 0"),
         ("SimpleCNN", {"widths": 8}, r"widths = 8.*list"),
         ("SimpleCNN", {"widths": [2**31]}, r"widths\[0\] = 2147483648.*less than 2147483648"),
