@@ -30,12 +30,18 @@ def project_dir() -> Path:
 
 def data_dir() -> Path:
     """Where data sets are looked for: $LABUTILS_DATA, else data/ in the project."""
-    return Path(os.environ.get("LABUTILS_DATA") or project_dir() / "data").expanduser().resolve()
+    return _folder("LABUTILS_DATA", "data")
 
 
 def runs_dir() -> Path:
     """Where runs are kept: $LABUTILS_RUNS, else runs/ in the project."""
-    return Path(os.environ.get("LABUTILS_RUNS") or project_dir() / "runs").expanduser().resolve()
+    return _folder("LABUTILS_RUNS", "runs")
+
+
+def _folder(variable: str, name: str) -> Path:
+    # pathlib's own would raise where ~NAME is no user, or a link leads back to itself.
+    path = os.environ.get(variable) or project_dir() / name
+    return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
 
 
 def models_dir() -> Path:
@@ -56,7 +62,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises OSError as the system reports it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not by tempfile, whose files nobody but their owner may read.
+    # tempfile would make a file that only its owner may read.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -64,17 +70,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: indented for people, but a list of numbers on one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    # Only outside of strings is there a line break, so a string that holds brackets is left alone.
-    text = re.sub(
-        r"\[\n([^\[\]{}\"]*)\n *\]", lambda match: f"[{' '.join(match[1].split())}]", text
-    )
+    # JSON strings hold no line break, so a string with brackets in it is left alone.
+    numbers = r"\[\n([^\[\]{}\"]*)\n *\]"
+    text = re.sub(numbers, lambda match: f"[{' '.join(match[1].split())}]", text)
     with atomic_write(path) as file:
-        file.write(f"{text}\n".encode())
+        # A folder's name that is not UTF-8 holds characters that only an escape can write.
+        file.write(f"{text}\n".encode(errors="backslashreplace"))

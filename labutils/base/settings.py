@@ -4,63 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, dataclass_transform
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # before Python 3.12, pydantic refuses that of typing
 
-PositiveInt = Annotated[int, Field(gt=0)]
-
-
-Pixels = Annotated[int, Field(ge=0)]
-
-
+# PyTorch counts in 64 bits; with this bound, products of two sizes still fit.
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+Pixels = Annotated[int, Field(ge=0, lt=2**31)]
 Precision = Literal["auto", "float32", "bf16"]
-
-
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
-
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter:
-    return TypeAdapter(kind, config=ConfigDict(strict=True))
+_STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 def check(owner: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check values against type hints without coercing text into numbers.
+    """Check values against type hints without turning text into numbers.
 
-    owner: who asks, named in the error. kinds: name -> type hint, pydantic constraints allowed.
-    Returns the values; an int given for a float becomes a float.
-    Raises ValueError with one line for each value that does not fit.
+    owner: who asks, named in the error. kinds: name -> type hint, pydantic's constraints and
+        NotRequired allowed. Returns the values; an int given for a float becomes a float.
+    Raises ValueError with one line for each value that does not fit or is unknown.
     """
-    checked, problems = {}, []
-    for name, kind in kinds.items():
-        try:
-            if dataclasses.is_dataclass(kind):
-                if not isinstance(values[name], kind):
-                    problems.append(f"{owner}: {name} = {values[name]!r}. Give a {kind.__name__}.")
-                checked[name] = values[name]
-            else:
-                checked[name] = _adapter(kind).validate_python(values[name])
-        except ValidationError as error:
-            for detail in error.errors():
-                place = "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
-                problems.append(f"{owner}: {name}{place} = {detail['input']!r}. {detail['msg']}.")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return checked
+    kind = with_config(_STRICT)(TypedDict(owner, dict(kinds)))
+    with _readable_errors(kinds):
+        return TypeAdapter(kind).validate_python(dict(values))
+
+
+@contextmanager
+def _readable_errors(known: Iterable[str]) -> Iterator[None]:
+    """Turn pydantic's error into a ValueError with one line for each value that does not fit."""
+    try:
+        yield
+    except ValidationError as error:
+        lines = [f"{error.title}: {_problem(detail, known)}" for detail in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def _problem(detail: Mapping[str, Any], known: Iterable[str]) -> str:
+    name, *rest = detail["loc"]
+    indices = "".join(f"[{part}]" for part in rest if isinstance(part, int))
+    hint = "" if name in known else f"{suggestion(str(name), known)} Known: {', '.join(known)}."
+    return f"{name}{indices} = {detail['input']!r}. {detail['msg']}.{hint}"
 
 
 def first_line(error: BaseException) -> str:
@@ -74,36 +64,20 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-class _Checked:
-    """Mixin of the settings below: a frozen dataclass whose values fit their type hints."""
-
-    def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(type(self), include_extras=True)
-        for name, value in check(type(self).__name__, kinds, vars(self)).items():
-            object.__setattr__(self, name, value)
-
-    def changes(self) -> dict[str, Any]:
-        """The settings that differ from their defaults, as plain JSON values.
-
-        Keys are built from these, so a setting added later leaves the key of older runs alone.
-        """
-        found = {}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, _Checked):
-                if value.changes():
-                    found[item.name] = value.changes()
-            elif value != item.default:
-                found[item.name] = value
-        return found
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def _settings(cls: type) -> type:
+    """Class decorator: a frozen dataclass whose values fit their type hints, as check() has it."""
+    cls = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=_STRICT)
+    cls.__init__ = _readable_errors(cls.__dataclass_fields__)(cls.__init__)
+    return cls
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augment(_Checked):
+@_settings
+class Augment:
     """Changes of training images, drawn anew for every image and epoch; flips may alternate.
 
-    In the order in which they are made: crop, flip, then rotate, translate and zoom as one
-    distortion, cutout. Any of them can be combined. See labutils.augmentation.
+    In this order: crop, flip, then rotate, translate and zoom as one distortion, cutout.
+    Raises ValueError naming the setting, its value and what is allowed.
     """
 
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
@@ -114,9 +88,9 @@ class Augment(_Checked):
     cutout: Pixels = 0  # side of a square that is blanked
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Checked):
-    """Everything that decides what a training run computes, apart from the model and the data.
+@_settings
+class TrainConfig:
+    """Everything that decides what a run computes, apart from the model and the data.
 
     Raises ValueError naming the setting, its value and what is allowed.
     """
@@ -129,13 +103,18 @@ class TrainConfig(_Checked):
     schedule: Literal["constant", "onecycle", "linear"] = "constant"
     label_smoothing: Fraction = 0.0  # Szegedy et al. 2016, https://arxiv.org/abs/1512.00567
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of averaged weights; None: off
-    augment: Augment = field(default=Augment())
+    augment: Augment = Augment()
     precision: Precision = "float32"  # auto: bf16 where it is computed
     monitor: Literal["val_loss", "val_accuracy"] = "val_loss"  # picks the best epoch
     patience: PositiveInt | None = None  # stagnation: stop after so many epochs without gain
     overfit_patience: PositiveInt | None = None  # overfitting: stop after so many epochs in a row
     overfit_delta: NonNegativeFloat = 0.0  # ... with val loss this far above its best
     seed: Seed = 0  # order of images, augmentation, dropout
+
+    def changes(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, as plain JSON values."""
+        # Keys are built from these, so a setting added later leaves the key of older runs alone.
+        return TypeAdapter(TrainConfig).dump_python(self, exclude_defaults=True, mode="json")
 
 
 RECIPES = {
@@ -165,18 +144,7 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     """A recipe, with some of its settings replaced: recipe("ours", epochs=5, seed=1).
 
     name: 'control' or 'ours'. changes: settings of TrainConfig.
-    Raises ValueError for a name or a setting that is not known.
+    Raises ValueError for a name, a setting or a value that is not allowed.
     """
-    if name not in RECIPES:
-        raise ValueError(
-            f"recipe: unknown recipe {name!r}.{suggestion(name, RECIPES)} "
-            f"Known: {', '.join(RECIPES)}."
-        )
-    settings = [item.name for item in dataclasses.fields(TrainConfig)]
-    for setting in changes:
-        if setting not in settings:
-            raise ValueError(
-                f"recipe: TrainConfig has no setting {setting!r}.{suggestion(setting, settings)} "
-                f"Known: {', '.join(settings)}."
-            )
+    check("recipe", {"name": Literal[*RECIPES]}, {"name": name})
     return dataclasses.replace(RECIPES[name], **changes)

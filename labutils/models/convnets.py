@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..base.settings import Fraction, PositiveInt, check, suggestion
+from ..base.settings import Fraction, Pixels, PositiveInt, check
 from .registry import Classes, register
 
 ImageShape = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+Widths = Annotated[list[PositiveInt], Field(min_length=1, max_length=30)]  # each halves the size
+Layers = Annotated[list[Any], Field(min_length=1)]
 
-
-Widths = Annotated[list[PositiveInt], Field(min_length=1)]
-
-
-Layers = Annotated[list[Any], Field(min_length=1)]  # see _layer for what an item may be
-
-
-_LAYER = {
+_LAYERS = (64, {"channels": 64, "pool": True}, 128, {"channels": 128, "pool": True}, 256, 256)
+_LAYER = {  # what an item of Layers may say, where it is not just a number of channels
     "channels": PositiveInt,
-    "kernel": PositiveInt,
-    "stride": PositiveInt,
-    "padding": Annotated[int, Field(ge=0)],
-    "pool": bool,
+    "kernel": NotRequired[PositiveInt],
+    "stride": NotRequired[PositiveInt],
+    "padding": NotRequired[Pixels],
+    "pool": NotRequired[bool],
 }
 
 
@@ -37,8 +33,8 @@ class ConvNet(nn.Module):
         to one stage or to the head.
     head: the last linear layer.
     Every network takes float images [n, C, H, W] and returns logits [n, num_classes]. Its first two
-    arguments are image_shape, (C, H, W), and num_classes, at least 2. An argument that is not
-    allowed, and images too small for the layers, raise ValueError.
+    arguments are image_shape, (C, H, W), and num_classes, at least 2. ValueError names an argument
+    that is not allowed, and images too small for the layers.
     """
 
     def __init__(self, stages: Mapping[str, nn.Module], pool: nn.Module, head: nn.Linear) -> None:
@@ -101,10 +97,10 @@ class CNN(ConvNet):
         channels = image_shape[0]
         stages = {}
         for number, width in enumerate(widths, start=1):
-            layers = _conv_norm_relu(channels, width) + _conv_norm_relu(width, width)
+            layers = conv_norm_relu(channels, width) + conv_norm_relu(width, width)
             stages[f"stage{number}"] = nn.Sequential(*layers, nn.MaxPool2d(2))
             channels = width
-        super().__init__(stages, _average(dropout), nn.Linear(channels, num_classes))
+        super().__init__(stages, global_average(dropout), nn.Linear(channels, num_classes))
 
 
 @register
@@ -125,72 +121,47 @@ class FullyConvCNN(ConvNet):
         image_shape: ImageShape,
         num_classes: Classes,
         *,
-        layers: Layers = (
-            64,
-            {"channels": 64, "pool": True},
-            128,
-            {"channels": 128, "pool": True},
-            256,
-            256,
-        ),
+        layers: Layers = _LAYERS,
         dropout: Fraction = 0.1,
     ) -> None:
         channels, *size = image_shape
         stages = {}
         for index, given in enumerate(layers):
-            layer = _layer(index, given)
-            kernel, stride, padding = layer["kernel"], layer["stride"], layer["padding"]
+            layer = given if isinstance(given, dict) else {"channels": given}
+            layer = check(f"FullyConvCNN: layers[{index}]", _LAYER, layer)
+            kernel, stride = layer.get("kernel", 3), layer.get("stride", 1)
+            padding, pool = layer.get("padding", kernel // 2), layer.get("pool", False)
             before = "x".join(map(str, size))
-            size = [(n + 2 * padding - kernel) // stride + 1 for n in size]
-            size = [n // 2 for n in size] if layer["pool"] else size
+            size = [(side + 2 * padding - kernel) // stride + 1 for side in size]
+            size = [side // 2 for side in size] if pool else size
             if min(size) < 1:
                 raise ValueError(
-                    f"FullyConvCNN: layers[{index}] = {given!r} leaves nothing of its input, "
-                    f"{before} pixels. Shrink less before it, or give images larger than "
-                    f"image_shape = {tuple(image_shape)}."
+                    f"FullyConvCNN: layers[{index}] = {given!r} leaves nothing of {before} pixels. "
+                    f"Shrink less before it, or enlarge image_shape = {tuple(image_shape)}."
                 )
-            parts = _conv_norm_relu(channels, layer["channels"], kernel, stride, padding)
-            parts.append(nn.Dropout2d(dropout))
-            if layer["pool"]:
-                parts.append(nn.MaxPool2d(2))
+            parts = conv_norm_relu(channels, layer["channels"], kernel, stride, padding)
+            parts += [nn.Dropout2d(dropout), *([nn.MaxPool2d(2)] if pool else [])]
             stages[f"stage{index + 1}"] = nn.Sequential(*parts)
             channels = layer["channels"]
-        super().__init__(stages, _average(), nn.Linear(channels, num_classes))
+        super().__init__(stages, global_average(), nn.Linear(channels, num_classes))
 
 
-def _conv_norm_relu(
+def conv_norm_relu(
     channels: int, out: int, kernel: int = 3, stride: int = 1, padding: int = 1
 ) -> list[nn.Module]:
-    # Batch norm has an offset of its own, which makes the one of the convolution idle.
+    """Convolution, batch norm and ReLU: maps [n, channels, H, W] to [n, out, h, w]."""
+    # Batch norm adds an offset of its own, so a bias would have no effect.
     layer = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
     return [layer, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
 
 
-def _average(dropout: float = 0.0) -> nn.Sequential:
+def global_average(dropout: float = 0.0) -> nn.Sequential:
+    """Maps [n, C, h, w] to their means [n, C], of which training drops a fraction."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout))
-
-
-def _layer(index: int, given: Any) -> dict[str, int]:
-    """The complete description of one layer of FullyConvCNN."""
-    layer = dict(given) if isinstance(given, Mapping) else {"channels": given}
-    unknown = [str(name) for name in layer if name not in _LAYER]
-    if unknown:
-        raise ValueError(
-            f"FullyConvCNN: layers[{index}] has no setting {unknown[0]!r}."
-            f"{suggestion(unknown[0], _LAYER)} Known: {', '.join(_LAYER)}."
-        )
-    layer = {"channels": None, "kernel": 3, "stride": 1, "pool": False} | layer
-    kernel = layer["kernel"]
-    layer.setdefault("padding", kernel // 2 if isinstance(kernel, int) else 0)
-    kinds = {f"layers[{index}].{name}": kind for name, kind in _LAYER.items()}
-    check("FullyConvCNN", kinds, {f"layers[{index}].{name}": layer[name] for name in _LAYER})
-    return layer
 
 
 def require_size(owner: str, image_shape: Sequence[int], smallest: int) -> None:
     """Raise ValueError if a side of the images is shorter than the layers need."""
     if min(image_shape[1:]) < smallest:
-        raise ValueError(
-            f"{owner}: image_shape = {tuple(image_shape)}. Its layers need images of at least "
-            f"{smallest}x{smallest} pixels."
-        )
+        size = f"{smallest}x{smallest} pixels"
+        raise ValueError(f"{owner}: image_shape = {tuple(image_shape)}. Give at least {size}.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..base.settings import Fraction, PositiveInt
@@ -13,10 +14,9 @@ from .registry import Classes, register
 
 
 class _Layers(nn.Sequential):
-    """A Sequential with arguments of its own, of which a part is a plain Sequential."""
+    """A Sequential with arguments of its own; a slice of it is plain: model[:-1] has no head."""
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """A layer, or a plain Sequential of the layers in a slice: model[:-1] has no head."""
         if isinstance(index, slice):
             return nn.Sequential(*list(self)[index])
         return super().__getitem__(index)
@@ -53,17 +53,15 @@ class MLP(_Layers):
 
 
 class ResidualBlock(nn.Module):
-    """ReLU(body(x) + x): the input skips the body's linear layers (He et al. 2016).
+    """ReLU(body(x) + x), a skip over linear layers (He et al. 2016, arxiv.org/abs/1512.03385).
 
-    https://arxiv.org/abs/1512.03385. Takes and returns [N, width]; where the two widths differ, a
-    linear bridge without bias takes the place of the identity.
-    widths: of the input, then of each linear layer in the body. dropout: fraction of the input of
-        the last one that training drops.
+    Takes [N, width], returns [N, width]; where the two widths differ, a linear bridge without bias
+    takes the place of the identity.
+    widths: of the input, then of each linear layer in the body.
+    dropout: fraction of the input of the body's last linear layer that training drops.
     """
 
-    def __init__(
-        self, widths: Sequence[int], *, dropout: float = 0.0, batch_norm: bool = False
-    ) -> None:
+    def __init__(self, widths: Sequence[int], dropout: float = 0.0, batch_norm: bool = False):
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(widths):
@@ -85,40 +83,33 @@ class ResidualMLP(_Layers):
     """The MLP with the same hidden layers, and skips over blocks of them.
 
     Takes images [N, ...] with in_features numbers each, returns logits [N, num_classes].
-    hidden: widths of all hidden layers, at least two. The first stands alone, those after it are
-        cut into blocks of `block` layers; the last block takes what is left. Without a change of
-        width between blocks, there are exactly as many parameters as in the MLP.
+    hidden: widths of all hidden layers, at least two. The first has no skip; those after it are cut
+        into blocks of `block` layers, and the last block takes what is left. If all widths are
+        equal, there are exactly as many parameters as in the MLP.
     block: linear layers that one skip passes over.
     dropout: fraction of the input of each block's last linear layer that training drops.
-    Raises ValueError if there is no layer for a block, a width or block is not a whole number
-        above 0, or dropout is not in [0, 1).
+    Raises ValueError as MLP does, and if there is no layer for a block.
     """
 
     def __init__(
         self,
         in_features: PositiveInt,
-        hidden: list[PositiveInt],
+        hidden: Annotated[list[PositiveInt], Field(min_length=2)],
         num_classes: Classes,
         *,
         block: PositiveInt = 2,
         dropout: Fraction = 0.0,
         batch_norm: bool = False,
     ) -> None:
-        if len(hidden) < 2:
-            raise ValueError(
-                f"ResidualMLP: hidden = {hidden}: the first hidden layer stands alone, and there "
-                "is none for a block to skip. Give at least two widths, or use MLP."
-            )
         layers = [nn.Flatten(), *_linear(in_features, hidden[0], batch_norm), nn.ReLU()]
         for first in range(0, len(hidden) - 1, block):
-            part = hidden[first : first + block + 1]
-            layers.append(ResidualBlock(part, dropout=dropout, batch_norm=batch_norm))
+            layers.append(ResidualBlock(hidden[first : first + block + 1], dropout, batch_norm))
         super().__init__(*layers, nn.Linear(hidden[-1], num_classes))
 
 
 def _linear(inputs: int, outputs: int, batch_norm: bool, init: str = "torch") -> list[nn.Module]:
-    """A linear layer in front of a ReLU, normalised if wanted."""
-    # Batch norm has an offset of its own, which makes the one of the linear layer idle.
+    """A linear layer in front of a ReLU, and batch norm if wanted."""
+    # Batch norm adds an offset of its own, so a bias would have no effect.
     layer = nn.Linear(inputs, outputs, bias=not batch_norm)
     if init == "he":
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

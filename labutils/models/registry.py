@@ -8,43 +8,41 @@ import inspect
 import typing
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from torch import nn
 
-from ..base.settings import check
+from ..base.settings import check, first_line
 
 MODELS: dict[str, type[nn.Module]] = {}
 
-
-Classes = Annotated[int, Field(ge=2)]
+Classes = Annotated[int, Field(ge=2, lt=2**31)]
 
 
 def register(cls: type[nn.Module]) -> type[nn.Module]:
     """Class decorator: build by name, and keep the arguments of each instance in `.spec`.
 
     They are checked against their type hints, where a tuple counts as a list, and have to be values
-    that JSON can hold.
+    that JSON can hold. ValueError names those that are wrong, missing, unknown or too large.
     """
-    init, signature = cls.__init__, inspect.signature(cls.__init__)
-    kinds = typing.get_type_hints(init, include_extras=True)
+    init, kinds, defaults = cls.__init__, {}, {}
+    hints = typing.get_type_hints(init, include_extras=True)
+    for name, parameter in list(inspect.signature(init).parameters.items())[1:]:
+        kinds[name], defaults[name] = NotRequired[hints.get(name, Any)], _json(parameter.default)
 
     @functools.wraps(init)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs).arguments
-        given = {name: _json(value) for name, value in list(bound.items())[1:]}
-        check(cls.__name__, {name: kinds[name] for name in given if name in kinds}, given)
-        init(self, *args, **kwargs)
+        given = check(cls.__name__, kinds, _json(dict(zip(kinds, args)) | kwargs))
+        try:
+            init(self, *args, **kwargs)
+        except (RuntimeError, TypeError) as error:  # no memory; not these arguments
+            raise ValueError(f"{cls.__name__}: {first_line(error)}. Given: {given}.") from error
         # A subclass computes something else, so it has no spec before it registers its own name.
-        if type(self) is not cls:
-            return
-        # Without defaults, so that an argument added later leaves the spec of older runs alone.
-        self.spec = {"model": cls.__name__} | {
-            name: value
-            for name, value in given.items()
-            if value != _json(signature.parameters[name].default)
-        }
+        if type(self) is cls:
+            # Without defaults, so that an argument added later leaves the spec of older runs alone.
+            changed = {name: value for name, value in given.items() if value != defaults[name]}
+            self.spec = {"model": cls.__name__} | changed
 
     cls.__init__ = __init__
     MODELS[cls.__name__] = cls
@@ -83,15 +81,13 @@ def num_parameters(model: nn.Module) -> int:
 def build(spec: dict[str, Any]) -> nn.Module:
     """The model that a spec describes, with fresh weights from torch's random state.
 
-    Raises ValueError for a name that is not registered.
+    Raises ValueError for a name that is not registered, and for arguments that it does not take.
     """
     # They register their networks; torchvision, which some need, takes a second to import.
     for module in ("mlp", "convnets", "resnet", "fastnet"):
         importlib.import_module(f".{module}", __package__)
-
+    check("build", {"spec": dict[str, Any]}, {"spec": spec})
     arguments = dict(spec)
-    name = arguments.pop("model")
-    if name not in MODELS:
-        known = ", ".join(sorted(MODELS))
-        raise ValueError(f"build: model = {name!r}. Known: {known}.")
+    name = arguments.pop("model", None)
+    check("build", {"model": Literal[*sorted(MODELS)]}, {"model": name})
     return MODELS[name](**arguments)

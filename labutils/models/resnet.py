@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from ..base.settings import PositiveInt
-from .convnets import ConvNet, ImageShape, _average, _conv_norm_relu
+from .convnets import ConvNet, ImageShape, conv_norm_relu, global_average
 from .registry import Classes, register
 
 
@@ -40,14 +40,12 @@ class ResNet(ConvNet):
         residual: bool = True,
         stem: Literal["cifar", "deep"] = "cifar",
     ) -> None:
-        if depth != 18 and (depth < 8 or depth % 6 != 2):
-            raise ValueError(
-                f"ResNet: depth = {depth}. Give 18, or 6n + 2: 8, 14, 20, 32, 44, 56, 110, ..."
-            )
+        if depth != 18 and depth not in range(8, 10_000, 6):
+            raise ValueError(f"ResNet: depth = {depth}. Give 18, or 6n + 2: 8, 14, 20, ..., 9998.")
         if depth == 18 and not residual:
             raise ValueError(
-                "ResNet: residual = False with depth = 18: its projections have parameters, so the "
-                "plain network would be smaller. Compare at a depth of 6n + 2, 20 say."
+                "ResNet: residual = False with depth = 18: without its projections the network has "
+                "fewer parameters, which is no fair comparison. Give depth = 20, say."
             )
         blocks = [2] * 4 if depth == 18 else [(depth - 2) // 6] * 3
         channels = width = width or (64 if depth == 18 else 16)
@@ -59,7 +57,7 @@ class ResNet(ConvNet):
                 stage.append(_block(channels, out, residual=residual, project=depth == 18))
                 channels = out
             stages[f"stage{index + 1}"] = nn.Sequential(*stage)
-        super().__init__(stages, _average(), nn.Linear(channels, num_classes))
+        super().__init__(stages, global_average(), nn.Linear(channels, num_classes))
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
                 # He et al. 2015, https://arxiv.org/abs/1502.01852, as torchvision draws them. Under
@@ -100,8 +98,8 @@ def _block(channels: int, out: int, *, residual: bool, project: bool) -> BasicBl
 
 def _stem(channels: int, width: int, *, deep: bool) -> nn.Sequential:
     if not deep:
-        return nn.Sequential(*_conv_norm_relu(channels, width))
+        return nn.Sequential(*conv_norm_relu(channels, width))
     half = (width + 1) // 2
-    layers = _conv_norm_relu(channels, half, stride=2)
-    layers += _conv_norm_relu(half, half) + _conv_norm_relu(half, width)
-    return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1))
+    layers = conv_norm_relu(channels, half, stride=2) + conv_norm_relu(half, half)
+    layers += [*conv_norm_relu(half, width), nn.MaxPool2d(3, stride=2, padding=1)]
+    return nn.Sequential(*layers)

@@ -342,7 +342,7 @@ def test_a_layer_list_is_refused_exactly_where_the_image_is_gone(layers, height,
             reached += 1
     except RuntimeError:  # torch refuses an empty output
         size = "x".join(map(str, maps.shape[2:]))
-        with pytest.raises(ValueError, match=rf"layers\[{reached}\] = .* input, {size} pixels"):
+        with pytest.raises(ValueError, match=rf"layers\[{reached}\] = .* of {size} pixels"):
             lab.FullyConvCNN(shape, 2, layers=layers)
     else:
         model = lab.FullyConvCNN(shape, 2, layers=layers).eval()
@@ -357,8 +357,10 @@ def test_a_layer_list_is_refused_exactly_where_the_image_is_gone(layers, height,
     ("model", "options", "message"),
     [
         ("SimpleCNN", {"widths": []}, r"widths = \[\].*at least 1"),
+        ("SimpleCNN", {"widths": [1] * 20_000}, r"widths = \[1, 1.*at most 30"),
         ("SimpleCNN", {"widths": (8, 0)}, r"widths\[1\] = 0.*greater than 0"),
         ("SimpleCNN", {"widths": 8}, r"widths = 8.*list"),
+        ("SimpleCNN", {"widths": [2**31]}, r"widths\[0\] = 2147483648.*less than 2147483648"),
         ("SimpleCNN", {"hidden": 2.5}, r"hidden = 2\.5.*integer"),
         ("CNN", {"widths": ["64"]}, r"widths\[0\] = '64'.*integer"),
         ("CNN", {"dropout": 1.0}, r"dropout = 1\.0.*less than 1"),
@@ -367,28 +369,34 @@ def test_a_layer_list_is_refused_exactly_where_the_image_is_gone(layers, height,
         ("FullyConvCNN", {"dropout": -0.5}, r"dropout = -0\.5.*greater than or equal to 0"),
         ("FullyConvCNN", {"layers": []}, r"layers = \[\].*at least 1"),
         ("FullyConvCNN", {"layers": "64"}, r"layers = '64'.*list"),
-        ("FullyConvCNN", {"layers": [8, "64"]}, r"layers\[1\]\.channels = '64'.*integer"),
-        ("FullyConvCNN", {"layers": [True]}, r"layers\[0\]\.channels = True.*integer"),
-        ("FullyConvCNN", {"layers": [{}]}, r"layers\[0\]\.channels = None.*integer"),
+        ("FullyConvCNN", {"layers": [8, "64"]}, r"layers\[1\]: channels = '64'.*integer"),
+        ("FullyConvCNN", {"layers": [True]}, r"layers\[0\]: channels = True.*integer"),
+        ("FullyConvCNN", {"layers": [None]}, r"layers\[0\]: channels = None.*integer"),
+        ("FullyConvCNN", {"layers": [{}]}, r"layers\[0\]: channels .*required"),
+        (
+            "FullyConvCNN",
+            {"layers": [{1: 2, "channels": 3}]},
+            r"layers\[0\]: 1 = .*Known: channels",
+        ),
         (
             "FullyConvCNN",
             {"layers": [8, {"channels": 8, "kernal": 5}]},
-            r"layers\[1\] has no setting 'kernal'. Did you mean 'kernel'\? Known: channels, kernel",
+            r"layers\[1\]: kernal = 5\..* Did you mean 'kernel'\? Known: channels, kernel",
         ),
         (
             "FullyConvCNN",
             {"layers": [{"channels": 8, "kernel": 0}]},
-            r"layers\[0\]\.kernel = 0.*greater than 0",
+            r"layers\[0\]: kernel = 0.*greater than 0",
         ),
         (
             "FullyConvCNN",
             {"layers": [{"channels": 8, "kernel": "3"}]},
-            r"layers\[0\]\.kernel = '3'.*integer",
+            r"layers\[0\]: kernel = '3'.*integer",
         ),
         (
             "FullyConvCNN",
             {"layers": [{"channels": 8, "stride": 0, "padding": -1, "pool": 2}]},
-            r".*\]\.stride = 0[^]]*\]\.padding = -1[^]]*\]\.pool = 2.*boolean",
+            r".*\]: stride = 0[^]]*\]: padding = -1[^]]*\]: pool = 2.*boolean",
         ),
         (
             "FullyConvCNN",
@@ -398,6 +406,7 @@ def test_a_layer_list_is_refused_exactly_where_the_image_is_gone(layers, height,
         ("ResNet", {"depth": 19}, r"depth = 19\. Give 18, or 6n \+ 2: 8, 14, 20"),
         ("ResNet", {"depth": 2}, r"depth = 2\."),
         ("ResNet", {"depth": -4}, r"depth = -4\."),
+        ("ResNet", {"depth": 6 * 10**30 + 2}, r"depth = 60+2\. Give 18, or .* 9998"),
         ("ResNet", {"depth": True}, r"depth = True.*integer"),
         ("ResNet", {"residual": False}, r"residual = False with depth = 18.*20"),
         ("ResNet", {"residual": 0}, r"residual = 0.*boolean"),

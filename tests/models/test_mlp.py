@@ -85,7 +85,7 @@ def test_a_list_that_changes_later_does_not_change_the_spec():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"model = 'MPL'.*Known:.*MLP"):
+    with pytest.raises(ValueError, match=r"build: model = 'MPL'.*'CNN',.*'MLP'"):
         lab.build({"model": "MPL"})
 
 
@@ -176,8 +176,8 @@ def test_he_initialisation_keeps_the_size_of_the_signal():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"hidden": []}, ["hidden = []", "at least two", "MLP"]),
-        ({"hidden": [4]}, ["hidden = [4]", "at least two", "MLP"]),
+        ({"hidden": []}, ["hidden = []", "at least 2 items"]),
+        ({"hidden": [4]}, ["hidden = [4]", "at least 2 items"]),
         ({"hidden": [4, 0]}, ["hidden[1] = 0"]),
         ({"hidden": [4, 2.5]}, ["hidden[1] = 2.5"]),
         ({"hidden": "ab"}, ["hidden = 'ab'"]),

@@ -1,5 +1,8 @@
 """The networks: shapes, parameter counts, what a spec holds, and refused arguments."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +39,7 @@ def test_a_subclass_does_not_pass_for_its_parent():
 
 
 def test_a_registered_subclass_is_built_by_its_own_name(monkeypatch):
-    monkeypatch.setattr(registry, "MODELS", dict(registry.MODELS))
+    monkeypatch.setitem(registry.MODELS, "Wide", None)  # and undone after the test
 
     @registry.register
     class Wide(lab.MLP):
@@ -75,6 +78,47 @@ def test_a_bad_argument_is_named_with_its_value(argument, value, message):
 def test_all_bad_arguments_are_named_at_once():
     with pytest.raises(ValueError, match=r"(?s)in_features.*hidden\[0\].*hidden\[2\].*dropout"):
         lab.MLP(0, [0, 8, -3], 4, dropout=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hiden": [8]}, r"hiden = \[8\]\..* Did you mean 'hidden'\? Known: in_features, hidden"),
+        ({"num_classes": 4}, "missing .*'in_features' and 'hidden'.*Given: {'num_classes': 4}"),
+        (dict.fromkeys(["in_features", "num_classes"], 2**30) | {"hidden": []}, "memory"),
+        ({"in_features": 2**63, "hidden": [], "num_classes": 2}, "in_features = .* less than"),
+        ({"in_features": 9, "hidden": [10**30], "num_classes": 2}, r"hidden\[0\] = .* less than"),
+    ],
+)
+def test_arguments_that_build_nothing_are_named_by_the_class_and_by_build(arguments, message):
+    for attempt in (lambda: lab.MLP(**arguments), lambda: lab.build({"model": "MLP"} | arguments)):
+        with pytest.raises(ValueError, match=f"^MLP: .*{message}"):
+            attempt()
+
+
+def test_more_arguments_than_there_are_and_one_given_twice_are_refused():
+    for attempt in (lambda: lab.MLP(9, [8], 4, 0.5), lambda: lab.MLP(9, [8], 4, hidden=[7])):
+        with pytest.raises(ValueError, match=r"^MLP: .*(positional|multiple).*Given"):
+            attempt()
+
+
+@pytest.mark.parametrize("spec", [{}, {"model": None}, {"model": ["MLP"]}, {"hidden": [3]}])
+def test_a_spec_without_a_known_model_is_refused(spec):
+    with pytest.raises(ValueError, match=r"^build: model = .*'MLP'"):
+        lab.build(spec)
+
+
+@pytest.mark.parametrize("spec", [None, "MLP", [], 3, [("model", "MLP")]])
+def test_what_is_no_spec_is_refused(spec):
+    with pytest.raises(ValueError, match=r"^build: spec = .*dictionary"):
+        lab.build(spec)
+
+
+def test_a_spec_holds_numbers_as_json_has_them():
+    """Keys are digests of its text, so 0 and 0.0 must not make two keys of one network."""
+    specs = [lab.CNN((3, 8, 8), 10, dropout=zero).spec for zero in (0, 0.0, np.float32(0))]
+    assert len({json.dumps(spec) for spec in specs}) == 1
+    assert specs[0]["dropout"] == 0.0
 
 
 def test_evaluating_gives_every_part_its_own_mode_back_even_after_an_error():
