@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-
 import numpy as np
 import torch
 
 from ..base.device import resolve_device
 from ..base.settings import Seed, check
-from .sources import Raw, read
-from .tensors import ImageData, Split
+from .sources import read
+from .tensors import ImageData, Split, pixel_statistics
 
 
 def load_data(
@@ -52,10 +49,19 @@ def load_data(
     if subset < 1:
         _, train = _cut(train, raw.train[1], float(subset), seed, "subset")
     parts = {"train": (raw.train[0][train], raw.train[1][train]), "val": val, "test": raw.test}
-    return _to_tensors(name, raw, parts, device)
+    tensors = {
+        part: [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        for part, arrays in parts.items()
+    }
+    statistics = pixel_statistics(tensors["train"][0])
+    splits = {
+        part: Split(images.to(device), labels.to(device), *statistics)
+        for part, (images, labels) in tensors.items()
+    }
+    return ImageData(name=name, source=raw.source, classes=raw.classes, **splits)
 
 
-def _cut(index: np.ndarray, labels: np.ndarray, size, seed: int, what: str):
+def _cut(index: np.ndarray, labels: np.ndarray, size: float, seed: int, what: str):
     """Split index in two with equal class shares; the second part has the given size."""
     from sklearn.model_selection import train_test_split
 
@@ -65,48 +71,14 @@ def _cut(index: np.ndarray, labels: np.ndarray, size, seed: int, what: str):
         )
     except ValueError as error:
         classes, counts = np.unique(labels[index], return_counts=True)
+        advice = (
+            f"Give a fraction in (0, 1) or a number of images from {len(classes)} to "
+            f"{len(index) - len(classes)}."
+        )
+        if counts.min() == 1:
+            advice = f"Class {classes[counts.argmin()]} has one image; each needs two at least."
         raise ValueError(
             f"load_data: {what} = {size!r} does not fit {len(index):,} training images in "
-            f"{len(classes)} classes, the smallest of {counts.min()}. Give a fraction in (0, 1) or "
-            f"a number of images from {len(classes)} to {len(index) - len(classes)}, "
-            "with at least two images a class."
+            f"{len(classes)} classes. {advice}"
         ) from error
     return np.sort(rest), np.sort(part)
-
-
-def _to_tensors(name: str, raw: Raw, parts: dict, device: torch.device) -> ImageData:
-    hasher = hashlib.sha256()
-    for images, labels in parts.values():
-        hasher.update(repr((images.shape, raw.classes)).encode())
-        hasher.update(np.ascontiguousarray(images))
-        hasher.update(np.ascontiguousarray(labels))
-    mean, std = _pixel_statistics(parts["train"][0])
-    splits = {
-        part: Split(
-            torch.from_numpy(np.ascontiguousarray(images)).to(device),
-            torch.from_numpy(np.ascontiguousarray(labels)).to(device),
-            mean,
-            std,
-        )
-        for part, (images, labels) in parts.items()
-    }
-    return ImageData(
-        name=name,
-        source=raw.source,
-        classes=raw.classes,
-        fingerprint=hasher.hexdigest()[:12],
-        **splits,
-    )
-
-
-def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation per channel, from counts of whole numbers: the same on every machine."""
-    means, stds = [], []
-    values = np.arange(256)
-    for channel in range(images.shape[1]):
-        # Not by NumPy, which first makes eight bytes of each.
-        counts = torch.from_numpy(images[:, channel]).flatten().bincount(minlength=256).numpy()
-        n, total, squares = (int((counts * values**power).sum()) for power in range(3))
-        means.append(total / n / 255)
-        stds.append(math.sqrt(n * squares - total**2) / n / 255 or 1.0)
-    return tuple(means), tuple(stds)
