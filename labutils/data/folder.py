@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from ..base.files import atomic_write, data_dir, digest
 from ..base.settings import first_line
@@ -32,19 +33,19 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
     size: side in pixels that images are scaled to; the centre of a longer side is cut out.
     Raises DataError for a tree of another form and for a file that cannot be decoded.
     """
-    found = [split for split in ("train", "val", "test") if (root / split).is_dir()]
-    if "train" not in found or len(found) < 2:
+    trees = {split: _image_files(root / split) for split in ("train", "val", "test")}
+    trees = {split: tree for split, tree in trees.items() if tree}
+    if "train" not in trees or len(trees) < 2:
         raise DataError(
-            f"load_data: {root} holds {', '.join(found) or 'none'} of train/, val/, test/. "
-            "Needed: train/CLASS/IMAGE and the same under val/ or test/."
+            f"load_data: {root} holds {', '.join(trees) or 'none'} of train/, val/, test/. Needed: "
+            f"train/CLASS/IMAGE and the same under val/ or test/, IMAGE in {', '.join(SUFFIXES)}."
         )
     files, splits, start = [], {}, 0
-    trees = {split: _image_files(root / split) for split in found}
     for split, tree in trees.items():
         if odd := sorted(set(tree) ^ set(trees["train"])):
             raise DataError(
                 f"load_data: {root}: train/ and {split}/ differ in the classes {', '.join(odd)}. "
-                "Every class needs a folder in each split."
+                "Add images of each class to each split, or remove the class from all."
             )
         files += [file for of_class in tree.values() for file in of_class]
     images = _decode_all(root, files, size)
@@ -58,51 +59,43 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
 
 
 def _image_files(split: Path) -> dict[str, list[Path]]:
-    """The files of each class, in the order of torchvision's ImageFolder."""
+    """The image files of each class, in the order of torchvision's ImageFolder."""
     classes: dict[str, list[Path]] = {}
-    for folder in sorted(path for path in split.iterdir() if path.is_dir()):
-        classes[folder.name] = files = []
-        # This follows no links, which could lead in circles.
-        for path in sorted(folder.rglob("*"), key=lambda path: (str(path.parent), path.name)):
-            is_image = path.name.lower().endswith(SUFFIXES)
-            if path.is_file():
-                files += [path] * is_image
-            elif path.is_symlink() or (is_image and not path.is_dir()):
-                raise DataError(
-                    f"load_data: {path} is a link to a folder or to nothing, or no file but a pipe "
-                    "or a device. Put files in its place; only the folder of a class may be a link."
-                )
-        if not files:
+    # ** follows no links, which could lead in circles.
+    found = [(path.relative_to(split).parts[0], path) for path in split.glob("*/**/*")]
+    for name, path in sorted(found, key=lambda item: (item[0], str(item[1].parent), item[1].name)):
+        is_image = path.name.lower().endswith(SUFFIXES)
+        if is_image and path.is_file():
+            classes.setdefault(name, []).append(path)
+        elif not path.is_file() and (path.is_symlink() or (is_image and not path.is_dir())):
             raise DataError(
-                f"load_data: {split} has no image in the classes {folder.name}. Add images to each "
-                f"class or remove its folder. Images end in {', '.join(SUFFIXES)}."
+                f"load_data: {path} is a link to a folder or to nothing, a pipe or a device. Put "
+                "files in its place or remove it; only the folder of a class may be a link."
             )
     return classes
 
 
 def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
-    """The images of all files, from the cache where they did not change: uint8 [N, 3, H, W]."""
-    stats = [file.stat() for file in files]
-    names = [str(file.relative_to(root)) for file in files]
-    read = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
+    """The images of all files, from the cache if they did not change: uint8 [N, 3, size, size]."""
+    stats = [(file, file.stat()) for file in files]
+    read = [(str(file.relative_to(root)), s.st_size, s.st_mtime_ns) for file, s in stats]
     key = digest([DECODING, str(root.resolve()), read])
     cache = data_dir() / "cache" / f"{root.name}-{size}px-{key}.npz"
-    # Whatever is wrong with a cache (NumPy reports damage as almost any exception), do without it.
+    # NumPy reports damage as almost any exception; a damaged cache is made again.
     with suppress(Exception), np.load(cache, allow_pickle=False) as stored:
         return stored["images"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = np.stack(list(pool.map(lambda file: _decode(file, size), files)))
-    with suppress(OSError, NotImplementedError):  # where nothing can be written or locked
+    # Where it cannot be kept, decoding is done anew next time.
+    with suppress(OSError, NotImplementedError):
         _store(cache, images)
     return images
 
 
 def _store(cache: Path, images: np.ndarray) -> None:
-    from filelock import FileLock
-
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.parent / ".lock", timeout=600):
-        # Only who holds the lock writes here, so the process that wrote these was killed.
+        # Only who holds the lock writes here: who wrote these files was killed.
         for abandoned in cache.parent.glob(".*.tmp"):
             abandoned.unlink()
         with atomic_write(cache) as target:

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from ..base.files import data_dir, project_dir
-from ..base.settings import PositiveInt, check, first_line, suggestion
+from ..base.settings import first_line, suggestion
 from .folder import Arrays, DataError, read_folder
 from .synthetic import SETS, class_names, generate
 
@@ -66,10 +66,9 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
         generated sets, where it has to divide the side that they are drawn with.
     Raises ValueError for an unknown name, DataError for missing or damaged data.
     """
-    kind = "folder:" if name.startswith("folder:") else name
-    load = _LOADERS.get(kind)
+    load = _LOADERS.get("folder:" if name.startswith("folder:") else name)
     # A name with a slash would lead out of the folder.
-    if kind not in (*EMBEDDED, "folder:") and Path(name).name == name:
+    if load not in (_digits, _generated, _folder) and Path(name).name == name:
         load = _npz if os.path.isfile(_npz_path(name)) else load  # noqa: PTH113
     if load is None:
         names = ["digits", *KNOWN, *SETS]
@@ -78,13 +77,11 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
             f"Known: {', '.join(names)}, folder:PATH, "
             f"or any NAME without a slash for which {data_dir()}/NAME.npz exists."
         )
-    if image_size is not None:
-        if load not in (_generated, _folder, _imagenette):
-            raise ValueError(
-                f"load_data: image_size = {image_size!r} has no effect on {name!r}. "
-                f"It is for imagenette, {', '.join(SETS)} and folder:PATH; leave it out."
-            )
-        check("load_data", {"image_size": PositiveInt}, {"image_size": image_size})
+    if image_size is not None and load not in (_generated, _folder, _imagenette):
+        raise ValueError(
+            f"load_data: image_size = {image_size!r} has no effect on {name!r}. "
+            f"It is for imagenette, {', '.join(SETS)} and folder:PATH; leave it out."
+        )
     try:
         return load(name, image_size)
     except OSError as error:  # a folder that nobody may read, a path that is too long

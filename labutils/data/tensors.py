@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +82,7 @@ class Split:
         order = torch.randperm(len(self), generator=augmentation.generator(seed, epoch))
         order = order.to(device)[: num_batches * batch_size]
         group = _batches_at_once(self.images, batch_size)
-        change = _Changes(self, augment, seed, epoch)
+        change = _changes(self, augment, seed, epoch)
         for first in range(start // group * group, num_batches, group):
             index = order[first * batch_size : (first + group) * batch_size]
             images = change(index, first)
@@ -92,40 +92,36 @@ class Split:
                     yield batch
 
 
-class _Changes:
-    """What one epoch does to the images of a split.
+def _changes(
+    split: Split, augment: Augment, seed: int, epoch: int
+) -> Callable[[Tensor, int], Tensor]:
+    """What an epoch makes of images: a function of their numbers and that of their first batch.
 
     Crops, flips and holes are drawn for the whole epoch at once: they depend on the image, not on
     how many batches are prepared together, and a GPU is not kept waiting for them.
     """
+    count, device, size = len(split), split.images.device, split.images.shape[2:]
+    moves = augment.crop or augment.flip != "none"
+    if moves:
+        window = 2 * [2 * augment.crop + 1]
+        flips = augmentation.draw_flips(count, augment.flip, seed, epoch).to(device)
+        corners = augmentation.draw_pixels(count, window, "crop", seed, epoch).to(device)
+    if augment.cutout:
+        centres = augmentation.draw_pixels(count, size, "cutout", seed, epoch).to(device)
 
-    def __init__(self, split: Split, augment: Augment, seed: int, epoch: int) -> None:
-        self.split, self.augment, self.key = split, augment, (seed, epoch)
-        device, count = split.images.device, len(split)
-        if augment.crop or augment.flip != "none":
-            window = 2 * [2 * augment.crop + 1]
-            flips = augmentation.draw_flips(count, augment.flip, *self.key)
-            corners = augmentation.draw_pixels(count, window, "crop", *self.key)
-            self.flips, self.corners = flips.to(device), corners.to(device)
-        if augment.cutout:
-            centres = augmentation.draw_pixels(count, split.images.shape[2:], "cutout", *self.key)
-            self.centres = centres.to(device)
-
-    def __call__(self, index: Tensor, first: int) -> Tensor:
-        """The images with these numbers, changed: float32. first: number of their first batch."""
-        augment = self.augment
-        images = self.split.images.index_select(0, index)
-        if augment.crop or augment.flip != "none":
-            images = augmentation.crop_and_flip(
-                images, self.corners[index], self.flips[index], augment.crop
-            )
-        images = self.split.normalise(images)
+    def change(index: Tensor, first: int) -> Tensor:
+        images = split.images.index_select(0, index)
+        if moves:
+            images = augmentation.crop_and_flip(images, corners[index], flips[index], augment.crop)
+        images = split.normalise(images)
         if augment.rotate or augment.translate or augment.zoom:
-            source = augmentation.generator(*self.key, first)
+            source = augmentation.generator(seed, epoch, first)
             images = augmentation.distort(images, augment, source)
         if augment.cutout:
-            images = augmentation.blank(images, self.centres[index], augment.cutout)
+            images = augmentation.blank(images, centres[index], augment.cutout)
         return images
+
+    return change
 
 
 @dataclass(frozen=True)
@@ -141,19 +137,16 @@ class ImageData:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that name what is held now: images, labels, classes, the cut.
+        """Twelve hexadecimal digits that name images, labels, classes and the cut as they are now.
 
-        They are computed anew after a change in place, but for one through .numpy() or .data, which
-        PyTorch does not count.
+        Computed when it is asked for, and again after a change in place, but not after one through
+        .numpy() or .data, which PyTorch does not count.
         """
         splits = self.train, self.val, self.test
         tensors = [tensor for split in splits for tensor in (split.images, split.labels)]
-        # The changes of a tensor made in inference mode are not counted, so it never equals itself.
-        state = [
-            object() if tensor.is_inference() else (id(tensor), tensor.data_ptr(), tensor._version)
-            for tensor in tensors
-        ]
-        if self.__dict__.get("_state") != state:
+        # Nor does it count in inference mode: such tensors are read anew each time.
+        state = [object() if t.is_inference() else (id(t), t._version) for t in tensors]
+        if vars(self).get("_state") != state:
             vars(self).update(_state=state, _fingerprint=_fingerprint(self.classes, splits))
         return vars(self)["_fingerprint"]
 
@@ -187,8 +180,9 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     """
     means, stds, counts = [], [], 0
     for piece in _pieces(images):
-        channels = [channel.flatten().bincount(minlength=256) for channel in piece.unbind(1)]
-        counts += torch.stack(channels)
+        counts += torch.stack(
+            [channel.flatten().bincount(minlength=256) for channel in piece.unbind(1)]
+        )
     for of_channel in counts:
         n, total, squares = (int((of_channel * torch.arange(256) ** k).sum()) for k in range(3))
         means.append(total / n / 255)
@@ -197,26 +191,25 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
 
 
 def _fingerprint(classes: Sequence[str], splits: Sequence[Split]) -> str:
-    hasher, uint8 = hashlib.sha256(), torch.uint8
+    hasher, formats = hashlib.sha256(), []
     for split in splits:
         hasher.update(repr((tuple(split.images.shape), tuple(classes))).encode())
         for tensor in (split.images, split.labels):
             for piece in _pieces(tensor):
-                hasher.update(piece.view(-1).view(uint8).numpy())
-    formats = [(s.images.dtype, s.labels.dtype, tuple(s.mean), tuple(s.std)) for s in splits]
-    usual = splits[0].images.dtype == uint8 and (
-        (uint8, torch.int64, *pixel_statistics(splits[0].images))
-    )
-    # What load_data always gives is left out, as it was when the published runs were named.
-    if formats != [usual] * len(splits):
+                hasher.update(piece.view(-1).view(torch.uint8).numpy())
+        dtypes = split.images.dtype, split.labels.dtype
+        formats.append((*dtypes, tuple(split.mean), tuple(split.std)))
+    dtypes, statistics = {item[:2] for item in formats}, {item[2:] for item in formats}
+    # What load_data gives goes without saying: published runs were named before this was asked.
+    usual = dtypes == {(torch.uint8, torch.int64)}
+    if not usual or statistics != {pixel_statistics(splits[0].images)}:
         hasher.update(repr(formats).encode())
     return hasher.hexdigest()[:12]
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor in consecutive parts of at most 16 MB, each contiguous on the CPU."""
-    rows = max(1, 2**24 // max(1, tensor[:1].nbytes))
-    for piece in tensor.detach().split(rows):
+    for piece in tensor.detach().split(max(1, 2**24 // max(1, tensor[:1].nbytes))):
         yield piece.cpu().contiguous()
 
 
