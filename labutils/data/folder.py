@@ -88,18 +88,14 @@ def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
         images = np.stack(list(pool.map(lambda file: _decode(file, size), files)))
     # Where it cannot be kept, decoding is done anew next time.
     with suppress(OSError, NotImplementedError):
-        _store(cache, images)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.parent / ".lock", timeout=600):
+            # Only who holds the lock writes here: who wrote these files was killed.
+            for abandoned in cache.parent.glob(".*.tmp"):
+                abandoned.unlink()
+            with atomic_write(cache) as target:
+                np.savez(target, images=images)
     return images
-
-
-def _store(cache: Path, images: np.ndarray) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache.parent / ".lock", timeout=600):
-        # Only who holds the lock writes here: who wrote these files was killed.
-        for abandoned in cache.parent.glob(".*.tmp"):
-            abandoned.unlink()
-        with atomic_write(cache) as target:
-            np.savez(target, images=images)
 
 
 def _decode(path: Path, size: int) -> np.ndarray:

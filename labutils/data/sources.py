@@ -192,14 +192,10 @@ def _torchvision(name: str, _) -> Raw:
     try:
         for split in ("train", "test"):
             dataset = getattr(datasets, known.dataset)(data_dir(), train=split == "train")
-            images, labels = np.asarray(dataset.data), np.asarray(dataset.targets, dtype=np.int64)
-            images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-            splits.append((np.ascontiguousarray(images), labels))
+            splits.append(_checked(np.asarray(dataset.data), np.asarray(dataset.targets), split))
             names = known.classes or dataset.classes
-            if len(images) != len(labels) or labels.max() >= len(names):
-                raise ValueError(
-                    f"{split} has {len(images)} images, {len(labels)} labels up to {labels.max()}"
-                )
+            if (highest := splits[-1][1].max()) >= len(names):
+                raise ValueError(f"y_{split} holds the label {highest}")
     # torchvision reports damage as almost any exception, AssertionError among them.
     except Exception as error:
         raise _damaged(name, first_line(error)) from error

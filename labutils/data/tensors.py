@@ -47,8 +47,8 @@ class Split:
 
     def num_batches(self, batch_size: int) -> int:
         """How many batches `shuffled` yields."""
-        lone = len(self) % batch_size == 1 and len(self) > 1
-        return math.ceil(len(self) / batch_size) - lone
+        last_is_single = len(self) % batch_size == 1 and len(self) > 1
+        return math.ceil(len(self) / batch_size) - last_is_single
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in their order, normalised: (float32 [n, C, H, W], int64 [n])."""
@@ -66,11 +66,9 @@ class Split:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one training epoch, from batch number `start` on.
 
-        What they hold depends on seed and epoch alone, so that an epoch can be taken up in the
-        middle. Work on images is done for several batches at once, which saves most of the
-        overhead of small tensors. A last batch of a single image is left out: batch normalisation
-        has nothing to normalise there.
-        Yields images, float32 [n, C, H, W], and labels, int64 [n].
+        Yields images, float32 [n, C, H, W], and labels, int64 [n]. They depend on seed and epoch
+        alone, so that a run can be resumed within an epoch. A last batch of a single image is left
+        out: batch normalisation has nothing to normalise there.
         augment.flip: 'random' flips half of the images, drawn anew every epoch; 'alternating' draws
         once and then flips what it did not flip the epoch before, so that two epochs show every
         image both ways (https://arxiv.org/abs/2404.00498).
@@ -78,16 +76,16 @@ class Split:
         """
         augment = augment or Augment()
         augmentation.require_fit(augment, self.images.shape)
-        num_batches, device = self.num_batches(batch_size), self.images.device
+        num_batches = self.num_batches(batch_size)
         order = torch.randperm(len(self), generator=augmentation.generator(seed, epoch))
-        order = order.to(device)[: num_batches * batch_size]
+        order = order.to(self.images.device)[: num_batches * batch_size]
         group = _batches_at_once(self.images, batch_size)
         change = _changes(self, augment, seed, epoch)
         for first in range(start // group * group, num_batches, group):
             index = order[first * batch_size : (first + group) * batch_size]
             images = change(index, first)
-            cut = zip(images.split(batch_size), self.labels[index].split(batch_size))
-            for number, batch in enumerate(cut, first):
+            batches = zip(images.split(batch_size), self.labels[index].split(batch_size))
+            for number, batch in enumerate(batches, first):
                 if number >= start:
                     yield batch
 
@@ -178,16 +176,16 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
 
     From counts of whole numbers: the same on every machine. Without variation, a deviation is 1.
     """
-    means, stds, counts = [], [], 0
+    counts = 0
     for piece in _pieces(images):
         counts += torch.stack(
             [channel.flatten().bincount(minlength=256) for channel in piece.unbind(1)]
         )
-    for of_channel in counts:
-        n, total, squares = (int((of_channel * torch.arange(256) ** k).sum()) for k in range(3))
-        means.append(total / n / 255)
-        stds.append(math.sqrt(n * squares - total**2) / n / 255 or 1.0)
-    return tuple(means), tuple(stds)
+    n, values = int(counts[0].sum()), torch.arange(256)
+    sums, squares = ((counts * values**power).sum(1).tolist() for power in (1, 2))
+    mean = tuple(total / n / 255 for total in sums)
+    variances = (n * square - total**2 for total, square in zip(sums, squares))
+    return mean, tuple(math.sqrt(variance) / n / 255 or 1.0 for variance in variances)
 
 
 def _fingerprint(classes: Sequence[str], splits: Sequence[Split]) -> str:
@@ -214,6 +212,6 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _batches_at_once(images: Tensor, batch_size: int) -> int:
-    """How many batches to prepare together: a few MB on a CPU, so that they stay in its cache."""
+    """How many batches to prepare at once, which saves time: on a CPU, a few MB for its cache."""
     budget = 2**22 if images.device.type == "cpu" else 2**27
     return max(1, budget // (batch_size * images[0].numel() * 4))
