@@ -142,7 +142,7 @@ class ImageData:
         """
         splits = self.train, self.val, self.test
         tensors = [tensor for split in splits for tensor in (split.images, split.labels)]
-        # Nor does it count in inference mode: such tensors are read anew each time.
+        # Nor does it count those of tensors made in inference mode: they are read anew each time.
         state = [object() if t.is_inference() else (id(t), t._version) for t in tensors]
         if vars(self).get("_state") != state:
             vars(self).update(_state=state, _fingerprint=_fingerprint(self.classes, splits))
@@ -176,12 +176,11 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
 
     From counts of whole numbers: the same on every machine. Without variation, a deviation is 1.
     """
-    counts = 0
+    counts = 0  # [C, 256]
     for piece in _pieces(images):
-        counts += torch.stack(
-            [channel.flatten().bincount(minlength=256) for channel in piece.unbind(1)]
-        )
-    n, values = int(counts[0].sum()), torch.arange(256)
+        channels = piece.transpose(0, 1).flatten(1)
+        counts += torch.stack([channel.bincount(minlength=256) for channel in channels])
+    n, values = max(1, int(counts[0].sum())), torch.arange(256)
     sums, squares = ((counts * values**power).sum(1).tolist() for power in (1, 2))
     mean = tuple(total / n / 255 for total in sums)
     variances = (n * square - total**2 for total, square in zip(sums, squares))
@@ -198,7 +197,7 @@ def _fingerprint(classes: Sequence[str], splits: Sequence[Split]) -> str:
         dtypes = split.images.dtype, split.labels.dtype
         formats.append((*dtypes, tuple(split.mean), tuple(split.std)))
     dtypes, statistics = {item[:2] for item in formats}, {item[2:] for item in formats}
-    # What load_data gives goes without saying: published runs were named before this was asked.
+    # What is as load_data makes it adds nothing: published runs were named without it.
     usual = dtypes == {(torch.uint8, torch.int64)}
     if not usual or statistics != {pixel_statistics(splits[0].images)}:
         hasher.update(repr(formats).encode())

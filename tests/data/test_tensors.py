@@ -135,7 +135,8 @@ def test_the_fingerprint_follows_changes_in_place(digits, part, name):
     tensor = getattr(getattr(digits, part), name).clone()
     data = replaced(digits, part, **{name: tensor})
     assert data.fingerprint == digits.fingerprint
-    tensor[3:5] += 1
+    with torch.inference_mode():
+        tensor[3:5] += 1
     changed = data.fingerprint
     view = tensor[4]
     view -= 1
@@ -151,6 +152,12 @@ def test_the_fingerprint_follows_labels_that_a_network_gave(digits):
         assert data.fingerprint == digits.fingerprint
         labels += 1
         assert data.fingerprint != digits.fingerprint
+
+
+def test_an_empty_split_has_a_fingerprint(digits):
+    empty = {"images": digits.train.images[:0], "labels": digits.train.labels[:0]}
+    found = {replaced(digits, part, **empty).fingerprint for part in ("train", "val", "test")}
+    assert len(found | {digits.fingerprint}) == 4
 
 
 def test_the_fingerprint_is_computed_once(digits, monkeypatch):
