@@ -58,9 +58,9 @@ def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, pad: int) -> T
     the padded image, 0 to 2 pad. flips: bool [N]. Returns the shape of images.
     Nothing is padded in fact: one gather looks each pixel up, which takes less time and memory.
     """
-    n, channels, height, width = images.shape
-    rows = _mirrored(height, pad, images.device)[corners[:, :1] + _counted(height, images)]
-    columns = _mirrored(width, pad, images.device)[corners[:, 1:] + _counted(width, images)]
+    (n, channels, height, width), device = images.shape, images.device
+    rows = _mirrored(height, pad, device)[corners[:, :1] + torch.arange(height, device=device)]
+    columns = _mirrored(width, pad, device)[corners[:, 1:] + torch.arange(width, device=device)]
     columns = torch.where(flips[:, None], columns.flip(1), columns)
     pixels = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1)
     return images.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
@@ -99,19 +99,14 @@ def blank(images: Tensor, centres: Tensor, side: int) -> Tensor:
     and column. The square reaches from side // 2 pixels before its centre on; what lies beyond the
     border is cut off. Returns images.
     """
-    first = centres - side // 2
-    rows, columns = (
-        (_counted(size, images) >= start) & (_counted(size, images) < start + side)
-        for size, start in zip(images.shape[2:], first.split(1, dim=1))
-    )
-    return images.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0)
+    inside = []
+    for size, start in zip(images.shape[2:], (centres - side // 2).split(1, dim=1)):
+        offset = torch.arange(size, device=images.device) - start
+        inside.append((offset >= 0) & (offset < side))
+    return images.masked_fill_(inside[0][:, None, :, None] & inside[1][:, None, None, :], 0)
 
 
 def _mirrored(size: int, pad: int, device: torch.device) -> Tensor:
     """For each row (or column) of the padded image, the row of the image that it mirrors."""
     row = torch.arange(-pad, size + pad, device=device).abs()
     return size - 1 - (size - 1 - row).abs()
-
-
-def _counted(size: int, images: Tensor) -> Tensor:
-    return torch.arange(size, device=images.device)

@@ -33,19 +33,20 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
     size: side in pixels that images are scaled to; the centre of a longer side is cut out.
     Raises DataError for a tree of another form and for a file that cannot be decoded.
     """
-    trees = {split: _image_files(root / split) for split in ("train", "val", "test")}
-    trees = {split: tree for split, tree in trees.items() if tree}
-    if "train" not in trees or len(trees) < 2:
+    found = [split for split in ("train", "val", "test") if (root / split).is_dir()]
+    trees = {split: _image_files(root / split) for split in found}
+    classes = sorted(set().union(*trees.values()))
+    if "train" not in found or len(found) < 2 or not classes:
         raise DataError(
-            f"load_data: {root} holds {', '.join(trees) or 'none'} of train/, val/, test/. Needed: "
-            f"train/CLASS/IMAGE and the same under val/ or test/, IMAGE in {', '.join(SUFFIXES)}."
+            f"load_data: {root} holds {', '.join(found) or 'none'} of train/, val/, test/. Needed: "
+            "train/CLASS/IMAGE and the same under val/ or test/."
         )
     files, splits, start = [], {}, 0
     for split, tree in trees.items():
-        if odd := sorted(set(tree) ^ set(trees["train"])):
+        if missing := [name for name in classes if not tree.get(name)]:
             raise DataError(
-                f"load_data: {root}: train/ and {split}/ differ in the classes {', '.join(odd)}. "
-                "Add images of each class to each split, or remove the class from all."
+                f"load_data: {root / split} has no image of the classes {', '.join(missing)}. Add "
+                f"some ({', '.join(SUFFIXES)}) or remove the folders of the class from all splits."
             )
         files += [file for of_class in tree.values() for file in of_class]
     images = _decode_all(root, files, size)
@@ -55,18 +56,18 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
         order = np.random.default_rng(0).permutation(len(labels))
         splits[split] = images[start : start + len(labels)][order], labels[order]
         start += len(labels)
-    return tuple(trees["train"]), splits
+    return tuple(classes), splits
 
 
 def _image_files(split: Path) -> dict[str, list[Path]]:
     """The image files of each class, in the order of torchvision's ImageFolder."""
-    classes: dict[str, list[Path]] = {}
+    classes: dict[str, list[Path]] = {path.name: [] for path in sorted(split.glob("*/"))}
     # ** follows no links, which could lead in circles.
     found = [(path.relative_to(split).parts[0], path) for path in split.glob("*/**/*")]
     for name, path in sorted(found, key=lambda item: (item[0], str(item[1].parent), item[1].name)):
         is_image = path.name.lower().endswith(SUFFIXES)
         if is_image and path.is_file():
-            classes.setdefault(name, []).append(path)
+            classes[name].append(path)
         elif not path.is_file() and (path.is_symlink() or (is_image and not path.is_dir())):
             raise DataError(
                 f"load_data: {path} is a link to a folder or to nothing, a pipe or a device. Put "

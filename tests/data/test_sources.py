@@ -573,10 +573,26 @@ def test_an_incomplete_folder_says_what_is_needed(tree, tmp_path):
     with pytest.raises(DataError, match=r"holds val of .*Needed: train/CLASS/IMAGE"):
         sources.read(f"folder:{root}")
     tree({"train/a/1.png": plain(0), "train/b/1.png": plain(0)})
-    with pytest.raises(DataError, match="train/ and val/ differ in the classes b"):
+    with pytest.raises(DataError, match=r"tree/val has no image of the classes b\."):
         sources.read(f"folder:{root}")
     (root / "val" / "b").mkdir()
-    with pytest.raises(DataError, match=r"classes b\..*Add images of each class to each split"):
+    with pytest.raises(DataError, match=r"no image of the classes b\. Add some .* or remove"):
+        sources.read(f"folder:{root}")
+    for split in "train", "val":
+        for path in (root / split / "a").iterdir():
+            path.rename(path.with_suffix(".heic"))
+    with pytest.raises(
+        DataError, match=r"train has no image of the classes a\. Add some \(\.png, "
+    ):
+        sources.read(f"folder:{root}")
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    with pytest.raises(DataError, match=r"train has no image of the classes a\."):
+        sources.read(f"folder:{root}")
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    (root / "train" / "x.png").touch()
+    with pytest.raises(DataError, match=r"Needed: train/CLASS/IMAGE"):
         sources.read(f"folder:{root}")
 
 
