@@ -1,8 +1,8 @@
 """Random changes of training images, made for whole batches on the device that holds them.
 
-What is drawn comes from the CPU and depends on a key alone, so that a run that is taken up in the
-middle of an epoch sees the same images; so does every device, but for distortion, of which as many
-images are drawn at once as suit the device. `data` decides what is drawn when.
+Random numbers come from the CPU and depend on a key alone, so that a run that is resumed in the
+middle of an epoch sees the same images; so does every device, but for distortion, which is drawn
+for as many images at once as suit the device. `tensors` decides what is drawn when.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from ..base.settings import Augment
 
 def generator(*key: int | str) -> torch.Generator:
     """Random numbers that depend on the key alone: drawn on the CPU, the same for every device."""
-    return torch.Generator().manual_seed(_seed(key))
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+    return torch.Generator().manual_seed(seed)
 
 
 def require_fit(augment: Augment, image_shape: Sequence[int]) -> None:
     """Raise ValueError if images of shape (C, H, W) are too small for a setting."""
     height, width = image_shape[-2:]
     side = min(height, width)
-    for name, value, largest, why in (
-        ("crop", augment.crop, side - 1, "mirroring the border adds"),
-        ("cutout", augment.cutout, side, "the blanked square measures"),
-    ):
-        if value > largest:
+    for name, largest in (("crop", side - 1), ("cutout", side)):
+        if (value := getattr(augment, name)) > largest:
             raise ValueError(
-                f"Augment: {name} = {value} with images of {height}x{width} pixels: {why} at most "
-                f"{largest}. Choose a smaller {name}, or 0 to leave it out."
+                f"Augment: {name} = {value} with images of {height}x{width} pixels: it can be "
+                f"at most {largest}. Choose a smaller {name}, or 0 to leave it out."
             )
 
 
@@ -60,19 +58,19 @@ def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, pad: int) -> T
     the padded image, 0 to 2 pad. flips: bool [N]. Returns the shape of images.
     Nothing is padded in fact: one gather looks each pixel up, which takes less time and memory.
     """
-    n, channels, height, width = images.shape
-    rows = _mirrored(height, pad, images.device)[corners[:, :1] + _counted(height, images)]
-    columns = _mirrored(width, pad, images.device)[corners[:, 1:] + _counted(width, images)]
+    (n, channels, height, width), device = images.shape, images.device
+    rows = _mirrored(height, pad, device)[corners[:, :1] + torch.arange(height, device=device)]
+    columns = _mirrored(width, pad, device)[corners[:, 1:] + torch.arange(width, device=device)]
     columns = torch.where(flips[:, None], columns.flip(1), columns)
-    places = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1)
-    return images.flatten(2).gather(2, places.expand(-1, channels, -1)).view_as(images)
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1)
+    return images.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
 
 
 def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
     """Rotate, zoom and shift each image at random, bilinear, with its border continued.
 
-    images: float [N, C, H, W]. Returns the same shape. The four draws, of angle, zoom
-    and both shifts, are independent and uniform.
+    images: float [N, C, H, W]; so is the result. Angle, zoom and both shifts are independent and
+    uniform.
     """
     n, _, height, width = images.shape
     draw = torch.rand(4, n, generator=generator).mul_(2).sub_(1)
@@ -101,23 +99,14 @@ def blank(images: Tensor, centres: Tensor, side: int) -> Tensor:
     and column. The square reaches from side // 2 pixels before its centre on; what lies beyond the
     border is cut off. Returns images.
     """
-    first = centres - side // 2
-    rows, columns = (
-        (_counted(size, images) >= start) & (_counted(size, images) < start + side)
-        for size, start in zip(images.shape[2:], first.split(1, dim=1))
-    )
-    return images.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0)
-
-
-def _seed(key: tuple[int | str, ...]) -> int:
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+    inside = []
+    for size, start in zip(images.shape[2:], (centres - side // 2).split(1, dim=1)):
+        offset = torch.arange(size, device=images.device) - start
+        inside.append((offset >= 0) & (offset < side))
+    return images.masked_fill_(inside[0][:, None, :, None] & inside[1][:, None, None, :], 0)
 
 
 def _mirrored(size: int, pad: int, device: torch.device) -> Tensor:
-    """The place in the image of each place in the padded image, along one axis: reflection."""
-    place = torch.arange(-pad, size + pad, device=device).abs()
-    return size - 1 - (size - 1 - place).abs()
-
-
-def _counted(size: int, images: Tensor) -> Tensor:
-    return torch.arange(size, device=images.device)
+    """For each row (or column) of the padded image, the row of the image that it mirrors."""
+    row = torch.arange(-pad, size + pad, device=device).abs()
+    return size - 1 - (size - 1 - row).abs()

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from ..base.device import resolve_device
-from ..base.settings import Seed, check
-from .sources import Raw, read
-from .tensors import ImageData, Split
+from ..base.settings import PositiveInt, Seed, check
+from .sources import Arrays, read
+from .tensors import ImageData, Split, pixel_statistics
+
+_KINDS = {
+    "name": str,
+    "val_size": float,
+    "subset": Annotated[float, Field(gt=0, le=1)],
+    "seed": Seed,
+    "image_size": PositiveInt | None,
+}
 
 
 def load_data(
@@ -36,77 +44,39 @@ def load_data(
         are drawn with, the generated sets.
     Raises ValueError for bad arguments, DataError for missing or damaged data.
     """
-    kinds = {"name": str, "val_size": float, "subset": float, "seed": Seed}
-    values = {"name": name, "val_size": val_size, "subset": subset, "seed": seed}
-    check("load_data", kinds, values)
+    values = name, val_size, subset, seed, image_size
+    check("load_data", _KINDS, dict(zip(_KINDS, values)))
     device = resolve_device(device)
     raw = read(name, image_size=image_size)
-    train = np.arange(len(raw.train[1]))
-    if raw.val is None:
-        train, held = _cut(train, raw.train[1], val_size, seed, "val_size")
-        val = raw.train[0][held], raw.train[1][held]
-    else:
-        val = raw.val
-    if not 0 < subset <= 1:
-        raise ValueError(f"load_data: subset = {subset!r}. Give a fraction in (0, 1].")
+    train, val = raw.train, raw.val
+    if val is None:
+        train, val = _cut(train, val_size, seed, "val_size")
     if subset < 1:
-        _, train = _cut(train, raw.train[1], float(subset), seed, "subset")
-    parts = {"train": (raw.train[0][train], raw.train[1][train]), "val": val, "test": raw.test}
-    return _to_tensors(name, raw, parts, device)
+        _, train = _cut(train, float(subset), seed, "subset")
+    statistics, splits = pixel_statistics(torch.from_numpy(train[0])), {}
+    for part, arrays in {"train": train, "val": val, "test": raw.test}.items():
+        images, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
+        splits[part] = Split(images, labels, *statistics)
+    return ImageData(name=name, source=raw.source, classes=raw.classes, **splits)
 
 
-def _cut(index: np.ndarray, labels: np.ndarray, size, seed: int, what: str):
-    """Split index in two with equal class shares; the second part has the given size."""
+def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
+    """Split images and labels in two with equal class shares; the second part has the size."""
     from sklearn.model_selection import train_test_split
 
+    images, labels = arrays
     try:
-        rest, part = train_test_split(
-            index, test_size=size, stratify=labels[index], random_state=seed
+        parts = train_test_split(
+            np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
         )
     except ValueError as error:
-        classes, counts = np.unique(labels[index], return_counts=True)
+        classes, counts = np.unique(labels, return_counts=True)
+        most = len(labels) - len(classes)
+        advice = f"Give a fraction in (0, 1) or a number of images from {len(classes)} to {most}."
+        if counts.min() == 1:
+            advice = f"Class {classes[counts.argmin()]} has one image; each needs two at least."
         raise ValueError(
-            f"load_data: {what} = {size!r} does not fit {len(index):,} training images in "
-            f"{len(classes)} classes, the smallest of {counts.min()}. Give a fraction in (0, 1) or "
-            f"a number of images from {len(classes)} to {len(index) - len(classes)}, "
-            "with at least two images a class."
+            f"load_data: {what} = {size!r} does not fit {len(labels):,} training images in "
+            f"{len(classes)} classes. {advice}"
         ) from error
-    return np.sort(rest), np.sort(part)
-
-
-def _to_tensors(name: str, raw: Raw, parts: dict, device: torch.device) -> ImageData:
-    hasher = hashlib.sha256()
-    for images, labels in parts.values():
-        hasher.update(repr((images.shape, raw.classes)).encode())
-        hasher.update(np.ascontiguousarray(images))
-        hasher.update(np.ascontiguousarray(labels))
-    mean, std = _pixel_statistics(parts["train"][0])
-    splits = {
-        part: Split(
-            torch.from_numpy(np.ascontiguousarray(images)).to(device),
-            torch.from_numpy(np.ascontiguousarray(labels)).to(device),
-            mean,
-            std,
-        )
-        for part, (images, labels) in parts.items()
-    }
-    return ImageData(
-        name=name,
-        source=raw.source,
-        classes=raw.classes,
-        fingerprint=hasher.hexdigest()[:12],
-        **splits,
-    )
-
-
-def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation per channel, from counts of whole numbers: the same on every machine."""
-    means, stds = [], []
-    values = np.arange(256)
-    for channel in range(images.shape[1]):
-        # Not by NumPy, which first makes eight bytes of each.
-        counts = torch.from_numpy(images[:, channel]).flatten().bincount(minlength=256).numpy()
-        n, total, squares = (int((counts * values**power).sum()) for power in range(3))
-        means.append(total / n / 255)
-        stds.append(math.sqrt(n * squares - total**2) / n / 255 or 1.0)
-    return tuple(means), tuple(stds)
+    return [(images[index], labels[index]) for index in map(np.sort, parts)]

@@ -1,50 +1,32 @@
 """Where images come from: files under LABUTILS_DATA, torchvision, a folder, or the package itself.
 
-Everything is returned as NumPy arrays; splitting and devices are the business of `data`.
+Everything is returned as NumPy arrays; splitting and devices are the business of `load`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import socket
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from ..base.files import atomic_write, data_dir, digest, project_dir
-from ..base.settings import PositiveInt, check, first_line, suggestion
+from ..base.files import data_dir, project_dir
+from ..base.settings import first_line, suggestion
+from .folder import Arrays, DataError, read_folder
 from .synthetic import SETS, class_names, generate
-
-Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
 
 CIFAR10_CLASSES = [
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 ]
-IMAGENETTE_CLASSES = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-}
-
-
-class DataError(RuntimeError):
-    """A data set is missing, damaged or not what it claims to be."""
+IMAGENETTE_CLASSES = [  # in the order of their folders, n01440764 to n03888257
+    *("tench", "English springer", "cassette player", "chain saw", "church"),
+    *("French horn", "garbage truck", "gas pump", "golf ball", "parachute"),
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +54,7 @@ KNOWN = {
     "mnist": _Known("MNIST", "MNIST", "digits", [str(digit) for digit in range(10)]),
     "cifar10": _Known("CIFAR10", "cifar-10-batches-py", "shapes10", CIFAR10_CLASSES),
     "cifar100": _Known("CIFAR100", "cifar-100-python", "shapes100"),
-    "imagenette": _Known("Imagenette", "imagenette2-160", "scenes10"),
+    "imagenette": _Known("Imagenette", "imagenette2-160", "scenes10", IMAGENETTE_CLASSES),
 }
 EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 
@@ -84,199 +66,180 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
         generated sets, where it has to divide the side that they are drawn with.
     Raises ValueError for an unknown name, DataError for missing or damaged data.
     """
-    takes_size = name in ("imagenette", *SETS) or name.startswith("folder:")
-    if image_size is not None and not takes_size:
+    load = _LOADERS.get("folder:" if name.startswith("folder:") else name)
+    # A name with a slash would lead out of the folder.
+    if load not in (_digits, _generated, _folder) and Path(name).name == name:
+        load = _npz if os.path.isfile(_npz_path(name)) else load  # noqa: PTH113
+    if load is None:
+        names = ["digits", *KNOWN, *SETS]
+        raise ValueError(
+            f"load_data: unknown data set {name!r}.{suggestion(name, names)} "
+            f"Known: {', '.join(names)}, folder:PATH, "
+            f"or any NAME without a slash for which {data_dir()}/NAME.npz exists."
+        )
+    if image_size is not None and load not in (_generated, _folder, _imagenette):
         raise ValueError(
             f"load_data: image_size = {image_size!r} has no effect on {name!r}. "
             f"It is for imagenette, {', '.join(SETS)} and folder:PATH; leave it out."
         )
-    if image_size is not None:
-        check("load_data", {"image_size": PositiveInt}, {"image_size": image_size})
-    if name == "digits":
-        return _digits()
-    if name in SETS:
-        return _generated(name, image_size or SETS[name].side)
-    if name.startswith("folder:"):
-        return _folder(
-            project_dir() / Path(name.removeprefix("folder:")).expanduser(), image_size or 64
-        )
-    if (npz := data_dir() / f"{name}.npz").exists():
-        return _npz(npz, name)
-    if name not in KNOWN:
-        names = ["digits", *KNOWN, *SETS]
-        raise ValueError(
-            f"load_data: unknown data set {name!r}.{suggestion(name, names)} "
-            f"Known: {', '.join(names)}, "
-            f"folder:PATH, or any NAME for which {data_dir()}/NAME.npz exists."
-        )
-    if not (data_dir() / KNOWN[name].folder).exists():
-        _download(name)
-    if name == "imagenette":
-        raw = _folder(data_dir() / KNOWN[name].folder, image_size or 128)
-        return Raw(
-            "torchvision Imagenette, 160 px variant",
-            tuple(IMAGENETTE_CLASSES.get(wnid, wnid) for wnid in raw.classes),
-            raw.train,
-            raw.test,
-        )
-    return _torchvision(name)
+    try:
+        return load(name, image_size)
+    except OSError as error:  # a folder that nobody may read, a path that is too long
+        raise DataError(f"load_data: {name!r} cannot be read ({first_line(error)}).") from error
 
 
-def _digits() -> Raw:
+def _digits(name: str, _) -> Raw:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    bunch = load_digits()
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = bunch.target.astype(np.int64)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=450, stratify=labels, random_state=0
-    )
-    return Raw(
-        "scikit-learn load_digits",
-        tuple(str(name) for name in bunch.target_names),
-        (images[train], labels[train]),
-        (images[test], labels[test]),
-    )
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    cut = train_test_split(images, labels, test_size=450, stratify=labels, random_state=0)
+    classes = tuple(str(digit) for digit in range(10))
+    return Raw("scikit-learn load_digits", classes, (cut[0], cut[2]), (cut[1], cut[3]))
 
 
-def _generated(name: str, size: int) -> Raw:
-    side = SETS[name].side
-    if side % size:
-        allowed = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
+def _generated(name: str, size: int | None) -> Raw:
+    spec, splits = SETS[name], []
+    size = size or spec.side
+    factor = spec.side // size
+    if spec.side % size:
+        allowed = ", ".join(str(n) for n in range(1, spec.side + 1) if spec.side % n == 0)
         raise ValueError(
-            f"load_data: image_size = {size} does not divide the {side} pixels that {name} is "
+            f"load_data: image_size = {size} does not divide the {spec.side} pixels that {name} is "
             f"drawn with. Choose one of {allowed}."
         )
-    train, test = (
-        generate(name, count, seed)
-        for seed, count in enumerate((SETS[name].train, SETS[name].test))
-    )
-    return Raw(
-        "labutils.synthetic",
-        class_names(name),
-        (_shrunk(train.images, side // size), train.labels),
-        (_shrunk(test.images, side // size), test.labels),
-    )
+    for seed, count in enumerate((spec.train, spec.test)):
+        scenes = generate(name, count, seed)
+        images = scenes.images
+        if factor > 1:
+            squares = images.reshape(count, 3, size, factor, size, factor)
+            sums = squares.sum(axis=(3, 5), dtype=np.uint32)
+            # In whole numbers, halves up, so that the bytes are the same on every machine.
+            images = ((sums + factor**2 // 2) // factor**2).astype(np.uint8)
+        splits.append((images, scenes.labels))
+    return Raw("labutils.synthetic", class_names(name), *splits)
 
 
-def _shrunk(images: np.ndarray, factor: int) -> np.ndarray:
-    """The mean of each square of factor x factor pixels: uint8 [N, C, H, W], rounded half up."""
-    if factor == 1:
-        return images
-    count, channels, height, width = images.shape
-    blocks = images.reshape(count, channels, height // factor, factor, width // factor, factor)
-    area = factor**2
-    # In whole numbers, so that the bytes are the same on every machine.
-    return ((blocks.sum(axis=(3, 5), dtype=np.uint32) + area // 2) // area).astype(np.uint8)
+def _npz_path(name: str) -> Path:
+    return data_dir() / f"{name}.npz"
 
 
-def _npz(path: Path, name: str) -> Raw:
-    expected = (
-        "Expected arrays x_train, y_train, x_test, y_test: images uint8 [N, H, W] or [N, H, W, C] "
-        "with 1 or 3 channels, labels whole numbers [N]. Replace the file or move it away."
-    )
+def _npz(name: str, _) -> Raw:
+    path = _npz_path(name)
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+            splits = [_checked(file[f"x_{s}"], file[f"y_{s}"], s) for s in ("train", "test")]
+        shapes = [images.shape[1:] for images, _ in splits]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"images [C, H, W] are {shapes[0]} in x_train, {shapes[1]} in x_test")
     except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
         why = first_line(error).strip("'\"")  # a KeyError quotes
-        raise DataError(f"load_data: {path} cannot be read ({why}). {expected}") from error
-    splits = {}
-    for split in ("train", "test"):
-        images, labels = found[f"x_{split}"], found[f"y_{split}"]
-        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-        images = images[..., None] if images.ndim == 3 else images
-        problem = None
-        shape = images.shape
-        if images.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:]:
-            problem = f"x_{split} is {found[f'x_{split}'].dtype} {found[f'x_{split}'].shape}"
-        elif labels.ndim != 1 or labels.dtype.kind not in "iu":
-            problem = f"y_{split} is {found[f'y_{split}'].dtype} {found[f'y_{split}'].shape}"
-        elif len(images) != len(labels) or len(images) == 0:
-            problem = f"x_{split} holds {len(images)} images and y_{split} {len(labels)} labels"
-        elif labels.min() < 0:
-            problem = f"y_{split} holds the label {labels.min()}"
-        if problem:
-            raise DataError(f"load_data: {path}: {problem}. {expected}")
-        splits[split] = np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
-    if splits["train"][0].shape[1:] != splits["test"][0].shape[1:]:
-        shapes = [found[f"x_{split}"].shape for split in splits]
         raise DataError(
-            f"load_data: {path}: x_train is {shapes[0]}, x_test {shapes[1]}. {expected}"
-        )
-    return Raw(path.name, _class_names(path, name, splits), splits["train"], splits["test"])
+            f"load_data: {path} cannot be read ({why}). Expected arrays x_train, y_train, x_test, "
+            "y_test: images uint8 [N, H, W] or [N, H, W, C] with 1 or 3 channels, labels whole "
+            "numbers [N]. Replace the file or move it away."
+        ) from error
+    return Raw(path.name, _names(name, *[labels for _, labels in splits]), *splits)
 
 
-def _class_names(path: Path, name: str, splits: dict[str, Arrays]) -> tuple[str, ...]:
+def _checked(images: np.ndarray, labels: np.ndarray, split: str) -> Arrays:
+    """Images [N, C, H, W] and labels int64 [N]. Raises ValueError where they are no such thing."""
+    found = f"x_{split} is {images.dtype} {images.shape}, y_{split} {labels.dtype} {labels.shape}"
+    images = images[..., None] if images.ndim == 3 else images
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(found)
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or images.size == 0:
+        raise ValueError(found)
+    for label in (labels.min(), labels.max()):
+        if not 0 <= label < 2**31:
+            raise ValueError(f"y_{split} holds the label {label}")
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
+
+
+def _names(name: str, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
     """Names from NAME_names.json beside the file, from what is known, or plain numbers."""
-    count = 1 + max(int(labels.max()) for _, labels in splits.values())
+    beside = data_dir() / f"{name}_names.json"
     names = KNOWN[name].classes if name in KNOWN else []
-    names = names or [str(label) for label in range(count)]
-    beside = path.with_name(f"{name}_names.json")
+    problem = f"{len(names)} class names are known for {name!r}"
     if beside.exists():
         try:
-            names = json.loads(beside.read_text(encoding="utf-8"))
-            if not isinstance(names, list):
-                raise ValueError(f"it holds {names!r:.40}")
-        except ValueError as error:
-            raise DataError(f"load_data: {beside} is not a JSON list ({error}).") from error
-    if len(names) < count:
+            names = TypeAdapter(list[str]).validate_json(beside.read_bytes())
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f'load_data: {beside} is not a JSON list of names, such as ["cat", "dog"].'
+            ) from error
+        problem = f"{beside.name} holds {len(names)} names"
+    elif not names:
+        present = np.unique(train).tolist()
+        missing = min(set(range(len(present) + 1)).difference(present))
+        names = [str(label) for label in range(missing)]
+        problem = f"no training image is of class {missing}"
+    if (highest := int(max(train.max(), test.max()))) >= len(names):
         raise DataError(
-            f"load_data: {path} has labels up to {count - 1}, but {len(names)} class names are "
-            f"known for {name!r}. Put a JSON list of all {count} names into {beside}."
+            f"load_data: {_npz_path(name)} has labels up to {highest}, but {problem}. Number the "
+            f"classes from 0 on, or put a JSON list of all {highest + 1} names into {beside}."
         )
-    return tuple(str(item) for item in names)
+    return tuple(names)
 
 
-def _torchvision(name: str) -> Raw:
+def _torchvision(name: str, _) -> Raw:
     from torchvision import datasets
 
-    known, root = KNOWN[name], data_dir()
-    splits: dict[str, Arrays] = {}
+    known, splits = KNOWN[name], []
+    _download(name)
     try:
         for split in ("train", "test"):
-            dataset = getattr(datasets, known.dataset)(root, train=split == "train")
-            images, labels = np.asarray(dataset.data), np.asarray(dataset.targets, dtype=np.int64)
-            images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-            splits[split] = np.ascontiguousarray(images), labels
+            dataset = getattr(datasets, known.dataset)(data_dir(), train=split == "train")
+            splits.append(_checked(np.asarray(dataset.data), np.asarray(dataset.targets), split))
             names = known.classes or dataset.classes
-            if len(images) != len(labels):
-                raise ValueError(f"{len(images)} images but {len(labels)} labels in {split}")
-            if labels.max() >= len(names):
-                raise ValueError(f"the label {labels.max()} in {split}, but {len(names)} classes")
+            if (highest := splits[-1][1].max()) >= len(names):
+                raise ValueError(f"y_{split} holds the label {highest}")
     # torchvision reports damage as almost any exception, AssertionError among them.
     except Exception as error:
-        raise DataError(
-            f"load_data: {root / known.folder} is damaged or incomplete ({first_line(error)}). "
-            f"Delete that folder and run again to download {name!r} anew, "
-            f"or put a whole copy at {root / (name + '.npz')}."
-        ) from error
-    return Raw(f"torchvision {known.dataset}", tuple(names), splits["train"], splits["test"])
+        raise _damaged(name, first_line(error)) from error
+    return Raw(f"torchvision {known.dataset}", tuple(names), *splits)
+
+
+def _imagenette(name: str, size: int | None) -> Raw:
+    known = KNOWN[name]
+    _download(name)
+    folders, splits = read_folder(data_dir() / known.folder, size or 128)
+    if len(folders) != len(known.classes):
+        raise _damaged(name, f"{len(folders)} of {len(known.classes)} classes")
+    source = "torchvision Imagenette, 160 px variant"
+    return Raw(source, tuple(known.classes), splits["train"], splits["val"])
+
+
+def _damaged(name: str, why: str) -> DataError:
+    return DataError(
+        f"load_data: {data_dir() / KNOWN[name].folder} is damaged or incomplete ({why}). "
+        f"Delete that folder and run again to download {name!r} anew, "
+        f"or put a whole copy at {_npz_path(name)}."
+    )
 
 
 def _download(name: str) -> None:
-    """Fetch with torchvision into a temporary folder and move the result when it is whole."""
+    """Fetch what is not there, into a temporary folder, and move the result when it is whole."""
     from torchvision import datasets
 
     known, root = KNOWN[name], data_dir()
-    fetch: Callable[..., Any] = getattr(datasets, known.dataset)
+    if (root / known.folder).exists():
+        return
+    options = {"size": "160px"} if name == "imagenette" else {}
     timeout = socket.getdefaulttimeout()
-    temporary = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
         socket.setdefaulttimeout(30)
-        if name == "imagenette":
-            fetch(temporary, split="train", size="160px", download=True)
-        else:
-            fetch(temporary, download=True)
-        (temporary / known.folder).replace(root / known.folder)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
+            getattr(datasets, known.dataset)(temporary, **options, download=True)
+            Path(temporary, known.folder).replace(root / known.folder)
     except Exception as error:  # a proxy that answers in its own words is no OSError
         raise DataError(
             f"load_data: {name!r} is not on disk and could not be downloaded "
             f"({first_line(error)}).\n"
-            f"Looked for: {root / (name + '.npz')}, then {root / known.folder}.\n"
+            f"Looked for: {_npz_path(name)}, then {root / known.folder}.\n"
             "Three ways to get it: 1. connect to the network and run again; "
             f"2. copy {name}.npz (x_train, y_train, x_test, y_test) into {root}; "
             "3. set LABUTILS_DATA to a folder that holds it.\n"
@@ -284,88 +247,22 @@ def _download(name: str) -> None:
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _folder(root: Path, size: int) -> Raw:
-    """An ImageFolder tree: train/ and one or both of val/ and test/, a folder for each class."""
-    from torchvision.datasets import ImageFolder
-
-    found = [split for split in ("train", "val", "test") if (root / split).is_dir()]
-    if "train" not in found or len(found) < 2:
-        raise DataError(
-            f"load_data: {root} holds {', '.join(found) or 'none'} of train/, val/, test/. "
-            "Needed: train/CLASS/IMAGE and the same under val/ or test/."
-        )
-    try:
-        trees = {split: ImageFolder(str(root / split)) for split in found}
-    except FileNotFoundError as error:
-        raise DataError(
-            f"load_data: {root}: {error} Add images to each class or remove its folder."
-        ) from error
-    classes = trees["train"].classes
-    for split, tree in trees.items():
-        if tree.classes != classes:
-            odd = sorted(set(classes) ^ set(tree.classes))
-            raise DataError(
-                f"load_data: {root}: train/ and {split}/ differ in the classes {', '.join(odd)}. "
-                "Every class needs a folder in each split."
-            )
-    files = [Path(path) for tree in trees.values() for path, _ in tree.samples]
-    stats = [(str(file.relative_to(root)), *_size_and_time(file)) for file in files]
-    cache = (
-        data_dir() / "cache" / f"{root.name}-{size}px-{digest([str(root.resolve()), stats])}.npz"
-    )
-    images = _cached(cache) if cache.exists() else None
-    if images is None:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            images = np.stack(list(pool.map(lambda file: _decode(file, size), files)))
-        # Where it cannot be kept, decoding is done anew next time.
-        with suppress(OSError), atomic_write(cache) as target:
-            np.savez(target, images=images)
-    splits, start = {}, 0
-    for split, tree in trees.items():
-        labels = np.asarray(tree.targets, dtype=np.int64)
-        # Files come class by class; elsewhere the first images of a set are some of each class.
-        order = np.random.default_rng(0).permutation(len(labels))
-        splits[split] = images[start : start + len(labels)][order], labels[order]
-        start += len(labels)
+def _folder(name: str, size: int | None) -> Raw:
+    # Not by Path.expanduser, which fails in its own words where there is no such user.
+    root = project_dir() / os.path.expanduser(name.removeprefix("folder:"))  # noqa: PTH111
+    size = size or 64
+    classes, splits = read_folder(root, size)
     test = splits.get("test") or splits["val"]
     val = splits.get("val") if "test" in splits else None
-    return Raw(f"folder {root.name}, {size} px", tuple(classes), splits["train"], test, val)
+    return Raw(f"folder {root.name}, {size} px", classes, splits["train"], test, val)
 
 
-def _size_and_time(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _cached(path: Path) -> np.ndarray | None:
-    """The images of an earlier decoding; None when the file is damaged and has to be made again."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["images"]
-    except Exception:  # as in _npz
-        return None
-
-
-def _decode(path: Path, size: int) -> np.ndarray:
-    """One image file of any mode as uint8 [3, size, size]: scaled to fill, centre cut out."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (size, size))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-                grey = (np.asarray(image) / 257).round().clip(0, 255)
-                image = Image.fromarray(grey.astype(np.uint8))
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image).transpose(2, 0, 1)
-    except Exception as error:  # Pillow, too, reports damage as almost any exception
-        raise DataError(
-            f"load_data: {path} cannot be decoded ({error}). Replace or remove the file."
-        ) from error
+_LOADERS = {  # each takes a name and an image size
+    "digits": _digits,
+    **dict.fromkeys(SETS, _generated),
+    **dict.fromkeys(KNOWN, _torchvision),
+    "imagenette": _imagenette,
+    "folder:": _folder,
+}

@@ -79,51 +79,44 @@ def generate(
     share = _check_arguments(name, count, seed, shortcut, agreement)
     spec, classes = SETS[name], class_names(name)
     labels = np.arange(count, dtype=np.int64) % len(classes)
-    images = np.empty((count, 3, spec.side, spec.side), np.uint8)
-    masks = np.empty((count, spec.side, spec.side), bool)
-    backgrounds = np.empty(count, np.int64)
-    at_once = 2**16 // spec.side**2  # so that arrays stay in the cache
+    blocks, at_once = [], 2**16 // spec.side**2  # so many that arrays stay in the cache
     for start in range(0, count, at_once):
         rng = np.random.Generator(np.random.PCG64([seed, start, *name.encode()]))
-        drawn = _draw(spec, np.arange(start, start + at_once) % len(classes), share, rng)
-        for whole, block in zip((images, masks, backgrounds), drawn):
-            part = whole[start : start + at_once]
-            part[:] = block[: len(part)]
+        blocks.append(_draw(spec, np.arange(start, start + at_once) % len(classes), share, rng))
+    images, masks, backgrounds = (np.concatenate(parts)[:count] for parts in zip(*blocks))
     return Scenes(images, labels, masks, backgrounds, classes)
 
 
 def class_names(name: str) -> tuple[str, ...]:
     """What the labels of a generated data set mean."""
-    if SETS[name].textured:
-        return tuple(f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES)
-    return SHAPES
+    pairs = tuple(f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES)
+    return pairs if SETS[name].textured else SHAPES
 
 
 def _check_arguments(name, count, seed, shortcut, agreement) -> float:
     """The probability that the background is the one of the object's class."""
-    shares = {"kept": shortcut, "removed": 0.1, "reversed": 0.0}
-    kinds = {"name": str, "count": PositiveInt, "seed": Seed, "agreement": Literal[*shares]}
-    values = {"name": name, "count": count, "seed": seed, "agreement": agreement}
-    check("generate", kinds, values)
+    probability = Annotated[float, Field(ge=0, le=1)]
+    kinds = {"name": str, "count": PositiveInt, "seed": Seed, "shortcut": probability | None}
+    kinds["agreement"] = Literal["kept", "removed", "reversed"]
+    check("generate", kinds, dict(zip(kinds, (name, count, seed, shortcut, agreement))))
     if name not in SETS:
         raise ValueError(
             f"generate: unknown data set {name!r}.{suggestion(name, SETS)} "
             f"Known: {', '.join(SETS)}."
         )
-    if shortcut is None:
-        if agreement != "kept":
-            raise ValueError(
-                f"generate: agreement = {agreement!r} means nothing without a shortcut. "
-                "Give shortcut, a probability in [0, 1], or leave agreement out."
-            )
-        return shares["removed"]
-    if name != "scenes10":
+    if shortcut is None and agreement != "kept":
+        raise ValueError(
+            f"generate: agreement = {agreement!r} means nothing without a shortcut. "
+            "Give shortcut, a probability in [0, 1], or leave agreement out."
+        )
+    if shortcut is not None and name != "scenes10":
         raise ValueError(
             f"generate: shortcut = {shortcut!r} has no effect on {name!r}. "
             "It is for scenes10; leave it out."
         )
-    check("generate", {"shortcut": Annotated[float, Field(ge=0, le=1)]}, {"shortcut": shortcut})
-    return shares[agreement]
+    independent = 0.1  # of the class, which is one of ten
+    kept = independent if shortcut is None else shortcut
+    return {"kept": kept, "removed": independent, "reversed": 0.0}[agreement]
 
 
 def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator):

@@ -4,10 +4,17 @@ import contextlib
 import dataclasses
 import gzip
 import io
+import os
 import random
+import shutil
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.client import BadStatusLine
 from pathlib import Path
 from urllib.error import URLError
@@ -15,12 +22,14 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from filelock import FileLock
+from PIL import EpsImagePlugin, Image
 from torch.nn import functional as F
 from torchvision import datasets
 
+import labutils as lab
 from labutils.base.files import data_dir
-from labutils.data import sources, synthetic
+from labutils.data import folder, sources, synthetic
 from labutils.data.sources import DataError
 
 BLANK = np.zeros((60, 6, 6), np.uint8)
@@ -31,11 +40,16 @@ BAD_ARRAYS = {
     "five channels": ({"x_train": np.zeros((60, 6, 6, 5), np.uint8)}, "(60, 6, 6, 5)"),
     "no pixels": ({"x_train": BLANK[:, :0]}, "x_train is uint8 (60, 0, 6)"),
     "negative labels": ({"y_train": np.arange(60) - 1}, "y_train holds the label -1"),
-    "float labels": ({"y_train": np.zeros(60)}, "y_train is float64 (60,)"),
-    "one-hot labels": ({"y_train": np.eye(60, dtype=int)}, "y_train is int64 (60, 60)"),
-    "lengths": ({"y_train": np.zeros(59, int)}, "60 images and y_train 59 labels"),
-    "empty": ({"x_test": BLANK[:0], "y_test": np.zeros(0, int)}, "x_test holds 0 images"),
-    "sizes": ({"x_test": BLANK[:20, :5]}, "x_train is (60, 6, 6), x_test (20, 5, 6)"),
+    "labels beyond int32": ({"y_test": np.full(20, 2**31)}, "y_test holds the label 2147483648"),
+    "labels beyond int64": (
+        {"y_train": np.full(60, 2**63 + 5, np.uint64)},
+        "y_train holds the label 9223372036854775813",
+    ),
+    "float labels": ({"y_train": np.zeros(60)}, "y_train float64 (60,)"),
+    "one-hot labels": ({"y_train": np.eye(60, dtype=int)}, "y_train int64 (60, 60)"),
+    "lengths": ({"y_train": np.zeros(59, int)}, "x_train is uint8 (60, 6, 6), y_train int64 (59,)"),
+    "empty": ({"x_test": BLANK[:0], "y_test": np.zeros(0, int)}, "x_test is uint8 (0, 6, 6)"),
+    "sizes": ({"x_test": BLANK[:20, :5]}, "(1, 6, 6) in x_train, (1, 5, 6) in x_test"),
 }
 SINGLE_ARRAY = io.BytesIO()
 np.save(SINGLE_ARRAY, BLANK)
@@ -99,6 +113,23 @@ def test_an_unknown_name_gets_a_suggestion_and_the_known_names():
     with pytest.raises(ValueError, match="unknown data set 'xyz'") as e:
         sources.read("xyz")
     assert "Did you mean" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["../x", "deep/x", "/absolute", "x/", "~nouser/x", "x" * 300])
+def test_a_name_does_not_lead_out_of_the_data(name, write_npz, tmp_path):
+    whole = write_npz().read_bytes()
+    for path in (tmp_path / "x.npz", data_dir() / "deep" / "x.npz", data_dir() / "x" / ".npz"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(whole)
+    name = str(tmp_path / "x") if name == "/absolute" else name
+    with pytest.raises(ValueError, match=f"unknown data set '{name}'.*NAME without a slash"):
+        sources.read(name)
+
+
+@pytest.mark.parametrize("path", ["~nouser/x", "x" * 300, ""])
+def test_a_folder_that_cannot_be_is_named(path):
+    with pytest.raises(DataError, match=f"^load_data: .*{path}"):
+        sources.read(f"folder:{path}")
 
 
 def test_digits_are_scikit_learns():
@@ -197,10 +228,31 @@ def test_class_names_lie_beside_the_npz(write_npz):
 
 
 @pytest.mark.parametrize(
+    ("train", "test", "missing"),
+    [([1, 2, 3], [1, 2, 3], 0), ([0, 1, 3], [0, 1], 2), ([0, 1], [2], 2), ([2**31 - 1], [0], 0)],
+)
+def test_a_class_without_a_training_image_needs_a_name(write_npz, train, test, missing):
+    highest = max(train + test)
+    path = write_npz(y_train=np.resize(train, 60), y_test=np.resize(test, 20))
+    names = path.with_name("tiny_names.json")
+    wanted = (
+        rf"up to {highest}, but no training image is of class {missing}\. .*all {highest + 1} na"
+    )
+    with pytest.raises(DataError, match=wanted) as caught:
+        sources.read("tiny")
+    assert str(names) in str(caught.value)
+    if highest < 4:
+        names.write_text('["a", "b", "c", "d"]')
+        assert sources.read("tiny").classes == tuple("abcd")
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('["cat", "dog"]', "labels up to 2, but 2 class names are known for 'tiny'"),
-        ("[]", "but 0 class names"),
+        ('["cat", "dog"]', r"labels up to 2, but tiny_names\.json holds 2 names.* of all 3 names"),
+        ("[]", "holds 0 names"),
+        ("[0, 1, 2]", "not a JSON list of names"),
+        ("[" * 100_000, "not a JSON list of names"),
         ("cat\ndog", "not a JSON list"),
         ('{"0": "cat", "1": "dog", "2": "fox"}', "not a JSON list"),
         ("null", "not a JSON list"),
@@ -358,18 +410,25 @@ def test_a_download_takes_its_place_when_it_is_whole(monkeypatch):
 
 
 def test_imagenette_is_fetched_as_a_folder_with_readable_names(monkeypatch):
-    def fetch(root, split, size, download):
+    # Found by torchvision, but nowhere else in public.
+    names = datasets.Imagenette._WNID_TO_CLASS
+
+    def fetch(root, size, download):
         for name in "train", "val":
-            for wnid in "n01440764", "n03888257":
+            for wnid in names:
                 folder = Path(root) / "imagenette2-160" / name / wnid
                 folder.mkdir(parents=True)
                 plain(120, (30, 20)).save(folder / "x.JPEG")
 
     monkeypatch.setattr(datasets, "Imagenette", fetch)
     raw = sources.read("imagenette")
-    assert raw.classes == ("tench", "parachute")
-    assert raw.train[0].shape == (2, 3, 128, 128)
-    assert sources.read("imagenette", image_size=16).test[0].shape == (2, 3, 16, 16)
+    assert raw.classes == tuple(names[wnid][0] for wnid in sorted(names))
+    assert raw.train[0].shape == (10, 3, 128, 128)
+    assert sources.read("imagenette", image_size=16).test[0].shape == (10, 3, 16, 16)
+    for split in "train", "val":
+        shutil.rmtree(data_dir() / "imagenette2-160" / split / "n01440764")
+    with pytest.raises(DataError, match=r"damaged or incomplete \(9 of 10 classes\)"):
+        sources.read("imagenette")
 
 
 GREY_STRIPES = [value for value, _, _ in GREYS]
@@ -385,7 +444,13 @@ MODES = {
     "grey": (striped(GREY_STRIPES), ".png", {}, GREYS),
     "grey with alpha": (striped(GREY_STRIPES).convert("LA"), ".png", {}, GREYS),
     "16 bits": (striped([v * 257 for v in GREY_STRIPES], np.uint16), ".png", {}, GREYS),
+    "16 bits in pgm": (striped([v * 257 for v in GREY_STRIPES], np.uint16), ".pgm", {}, GREYS),
     "16 bits in tiff": (striped([v * 257 for v in GREY_STRIPES], np.uint16), ".tif", {}, GREYS),
+    "gif": (striped(COLOURS).quantize(4), ".gif", {}, COLOURS),
+    "first of two frames": (
+        *(striped(COLOURS).quantize(4), ".gif"),
+        *({"save_all": True, "append_images": [striped(COLOURS[::-1]).quantize(4)]}, COLOURS),
+    ),
     "bits": (striped([0, 0, 255, 255]).convert("1"), ".png", {}, [GREYS[i] for i in (0, 0, 3, 3)]),
 }
 
@@ -394,6 +459,26 @@ MODES = {
 @pytest.mark.parametrize(("image", "suffix", "options", "pixels"), MODES.values(), ids=MODES)
 def test_every_mode_of_image_becomes_rgb(tree, image, suffix, options, pixels):
     np.testing.assert_array_equal(decoded(tree, image, suffix, 4, **options), [pixels] * 4)
+
+
+def test_a_jpeg_with_two_views_shows_the_first(tree):
+    options = {"format": "MPO", "save_all": True, "append_images": [plain(9)], "quality": 95}
+    assert abs(decoded(tree, plain(200), ".jpg", 4, **options).astype(int) - 200).max() < 4
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_grey_of_32_bits_is_refused(tree, dtype):
+    image = striped([0, 0, 1, 1], dtype)
+    with pytest.raises(DataError, match=r"x\.png cannot be decoded \(32 bits of grey.* 8 or 16\)"):
+        decoded(tree, image, ".png", 4, format="TIFF")
+
+
+def test_postscript_does_not_reach_ghostscript(tree, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **more: started.append(given))
+    with pytest.raises(DataError, match=r"x\.png cannot be decoded .*Read are PNG, JPEG, BMP, GIF"):
+        decoded(tree, plain(1), ".png", 4, format="EPS")
+    assert started == []
 
 
 def test_the_cameras_orientation_is_followed(tree):
@@ -488,11 +573,65 @@ def test_an_incomplete_folder_says_what_is_needed(tree, tmp_path):
     with pytest.raises(DataError, match=r"holds val of .*Needed: train/CLASS/IMAGE"):
         sources.read(f"folder:{root}")
     tree({"train/a/1.png": plain(0), "train/b/1.png": plain(0)})
-    with pytest.raises(DataError, match="train/ and val/ differ in the classes b"):
+    with pytest.raises(DataError, match=r"tree/val has no image of the classes b\."):
         sources.read(f"folder:{root}")
     (root / "val" / "b").mkdir()
-    with pytest.raises(DataError, match=r"classes b\b.*Add images to each class or remove"):
+    with pytest.raises(DataError, match=r"no image of the classes b\. Add some .* or remove"):
         sources.read(f"folder:{root}")
+    for split in "train", "val":
+        for path in (root / split / "a").iterdir():
+            path.rename(path.with_suffix(".heic"))
+    with pytest.raises(
+        DataError, match=r"train has no image of the classes a\. Add some \(\.png, "
+    ):
+        sources.read(f"folder:{root}")
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    with pytest.raises(DataError, match=r"train has no image of the classes a\."):
+        sources.read(f"folder:{root}")
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    (root / "train" / "x.png").touch()
+    with pytest.raises(DataError, match=r"Needed: train/CLASS/IMAGE"):
+        sources.read(f"folder:{root}")
+
+
+def caches() -> list[Path]:
+    return list((data_dir() / "cache").glob("*.npz"))
+
+
+@pytest.mark.parametrize("odd", ["pipe", "circle", "nothing", "itself"])
+def test_what_is_no_file_is_named_and_not_waited_for(tree, odd):
+    root = tree({"train/a/x.png": plain(1), "val/a/x.png": plain(1)})
+    path = root / "train" / "a" / "odd.png"
+    if odd == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"circle": root / "train", "nothing": "absent", "itself": path}[odd])
+    with pytest.raises(DataError, match=rf"{path} is a link to a folder or to nothing.* a pipe"):
+        sources.read(f"folder:{root}")
+
+
+def test_linked_files_and_class_folders_are_read(tree, tmp_path):
+    root = tree({"train/a/x.png": plain(1), "val/a/deep/er/x.png": plain(2)})
+    (root / "train" / "a" / "y.png").symlink_to(root / "val" / "a" / "deep" / "er" / "x.png")
+    (root / "train").rename(tmp_path / "elsewhere")
+    (root / "train").mkdir()
+    (root / "train" / "a").symlink_to(tmp_path / "elsewhere" / "a")
+    (root / "test").symlink_to(root / "val")
+    raw = sources.read(f"folder:{root}")
+    assert labelled(raw.train) == {(1, 0), (2, 0)}
+    assert labelled(raw.val) == labelled(raw.test) == {(2, 0)}
+
+
+def test_files_come_in_the_order_of_torchvisions_imagefolder(tree):
+    names = ["a/2.png", "a/B/1.png", "a/b/1.png", "a/b.png", "a/b-c/1.png", "a-b/1.png", "B/1.png"]
+    images = {f"{split}/{name}": plain(1) for split in ("train", "val") for name in names}
+    root = tree(images | {"train/a/notes.txt": plain(1)}, format="PNG")
+    ours = [path for files in folder._image_files(root / "train").values() for path in files]
+    theirs = datasets.ImageFolder(str(root / "train"))
+    assert [str(path) for path in ours] == [path for path, _ in theirs.samples]
+    assert sources.read(f"folder:{root}").classes == tuple(theirs.classes)
 
 
 @pytest.fixture
@@ -500,23 +639,23 @@ def cached(tree):
     """A folder that was read once; returns its name, an image in it and the cache file."""
     root = tree({"train/a/x.png": plain(50), "val/a/x.png": plain(60)})
     assert sources.read(f"folder:{root}", image_size=8).train[0].max() == 50
-    (cache,) = (data_dir() / "cache").iterdir()
+    (cache,) = caches()
     return f"folder:{root}", root / "train" / "a" / "x.png", cache
 
 
 def test_a_folder_is_decoded_once(cached, monkeypatch):
-    monkeypatch.setattr(sources, "_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(folder, "_decode", lambda *_: pytest.fail("decoded again"))
     raw = sources.read(cached[0], image_size=8)
     assert (raw.train[0] == 50).all()
     assert (raw.test[0] == 60).all()
 
 
 def test_a_changed_image_or_size_is_decoded_anew(cached):
-    name, path, cache = cached
+    name, path, _ = cached
     plain(51, (31, 9)).save(path)
     assert sources.read(name, image_size=8).train[0].max() == 51
     assert sources.read(name, image_size=5).train[0].shape == (1, 3, 5, 5)
-    assert len(list(cache.parent.iterdir())) == 3
+    assert len(caches()) == 3
 
 
 @pytest.mark.parametrize("content", [*NOT_NPZ, None])
@@ -525,15 +664,48 @@ def test_a_damaged_cache_is_made_again(cached, content):
     whole = cache.read_bytes()
     cache.write_bytes(whole[: len(whole) // 2] if content is None else content)
     assert (sources.read(name, image_size=8).train[0] == 50).all()
-    assert list(cache.parent.iterdir()) == [cache]
+    assert caches() == [cache]
     with np.load(cache) as file:
         assert file["images"].shape == (2, 3, 8, 8)
+
+
+def test_what_a_killed_decoding_left_is_removed_by_the_next(cached):
+    name, path, cache = cached
+    code = f"""
+import os, signal
+import numpy as np
+from labutils.data import sources
+np.savez = lambda file, images: (file.write(b"half"), os.kill(os.getpid(), signal.SIGKILL))
+sources.read({name!r}, image_size=5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(cache.parent.glob(".*.tmp"))) == 1
+    assert sources.read(name, image_size=8).train[0].max() == 50
+    plain(51).save(path)
+    assert sources.read(name, image_size=8).train[0].max() == 51
+    assert not list(cache.parent.glob(".*.tmp"))
+    assert len(caches()) == 2
+
+
+def test_a_file_that_another_process_writes_is_left_alone(cached):
+    name, _, cache = cached
+    written = cache.with_name(".other.npz.0.tmp")
+    written.touch()
+    with ThreadPoolExecutor() as pool:
+        with FileLock(cache.with_name(".lock")):
+            other = pool.submit(sources.read, name, image_size=5)
+            time.sleep(0.5)
+            assert written.exists()
+            assert not other.done()
+        assert other.result().train[0].shape == (1, 3, 5, 5)
+    assert not written.exists()
 
 
 @pytest.mark.parametrize("size", [0, -8, 1.5, "64", True])
 def test_a_bad_image_size_is_refused(size):
     with pytest.raises(ValueError, match=f"image_size = {size!r}"):
-        sources.read("folder:somewhere", image_size=size)
+        lab.load_data("folder:somewhere", image_size=size)
 
 
 @pytest.mark.parametrize(("name", "size"), [("shapes10", 16), ("shapes100", 4), ("scenes10", 48)])
@@ -560,6 +732,7 @@ def test_a_size_that_generated_images_cannot_shrink_to_is_refused(size):
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "other"])
-def test_image_size_is_refused_where_it_has_no_effect(name):
+def test_image_size_is_refused_where_it_has_no_effect(name, write_npz):
+    write_npz("other")
     with pytest.raises(ValueError, match=f"image_size = 32 has no effect on '{name}'"):
         sources.read(name, image_size=32)

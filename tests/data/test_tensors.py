@@ -1,6 +1,8 @@
 """Batches: every image once, in an order that the seed fixes."""
 
 import dataclasses
+import hashlib
+import json
 import math
 from unittest import mock
 
@@ -14,8 +16,12 @@ from torch.utils._pytree import tree_leaves
 from torchvision.transforms.v2 import functional as transforms
 
 import labutils as lab
+from labutils.base.files import data_dir, project_dir
 from labutils.base.settings import Augment
 from labutils.data import tensors
+from labutils.data.sources import KNOWN
+
+REAL_DATA = data_dir()  # before the fixtures redirect it
 
 DISTORTED = Augment(rotate=40, translate=3, zoom=0.2)
 
@@ -69,6 +75,126 @@ def test_the_fingerprint_names_pixels_labels_classes_and_the_cut(write_npz):
     renamed = fingerprint()
     path.with_name("tiny_names.json").unlink()
     assert renamed != fingerprint()
+
+
+def test_the_fingerprint_is_the_one_that_names_published_runs(digits):
+    hasher = hashlib.sha256()
+    for split in digits.train, digits.val, digits.test:
+        images, labels = split.images.numpy(), split.labels.numpy()
+        hasher.update(repr((images.shape, digits.classes)).encode())
+        hasher.update(images.tobytes() + labels.tobytes())
+    assert digits.fingerprint == hasher.hexdigest()[:12] == "805c71ac3846"
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_the_fingerprint_of_real_data_is_in_the_published_cards(name, monkeypatch):
+    if not any((REAL_DATA / path).exists() for path in (f"{name}.npz", KNOWN[name].folder)):
+        pytest.skip(f"no {name} in LABUTILS_DATA")
+    cards = [json.loads(path.read_text()) for path in (project_dir() / "models").glob("*.json")]
+    data = [card["info"]["data"] for card in cards]
+    published = {item["fingerprint"] for item in data if item["name"] == name}
+    monkeypatch.setenv("LABUTILS_DATA", str(REAL_DATA))
+    assert {lab.load_data(name, val_size=0.1, seed=0, device="cpu").fingerprint} == published
+
+
+def replaced(data: lab.ImageData, part: str, **changes) -> lab.ImageData:
+    split = dataclasses.replace(getattr(data, part), **changes)
+    return dataclasses.replace(data, **{part: split})
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_the_fingerprint_follows_what_is_replaced(digits, part):
+    split = getattr(digits, part)
+    wider = dataclasses.replace(split, mean=(0.5,), std=(0.25,))
+    cases = [
+        replaced(digits, part, labels=split.labels.roll(1)),
+        replaced(digits, part, labels=split.labels.int()),
+        replaced(digits, part, images=split.images.flip(0)),
+        replaced(digits, part, images=split.images.char()),
+        replaced(digits, part, images=split.images[1:], labels=split.labels[1:]),
+        replaced(digits, part, mean=(0.5,)),
+        replaced(digits, part, std=(0.5,)),
+        dataclasses.replace(digits, **{part: wider}),
+        dataclasses.replace(digits, classes=digits.classes[::-1]),
+        dataclasses.replace(digits, train=wider, val=wider, test=wider),
+    ]
+    found = {case.fingerprint for case in cases}
+    assert len(found) == len(cases)
+    assert digits.fingerprint not in found
+    same = replaced(digits, part, images=split.images.clone(), mean=list(split.mean))
+    assert same.fingerprint == digits.fingerprint
+    same = replaced(
+        digits, part, images=split.images.permute(1, 0, 3, 2).clone().permute(1, 0, 3, 2)
+    )
+    assert same.fingerprint == digits.fingerprint
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_the_fingerprint_follows_changes_in_place(digits, part, name):
+    tensor = getattr(getattr(digits, part), name).clone()
+    data = replaced(digits, part, **{name: tensor})
+    assert data.fingerprint == digits.fingerprint
+    with torch.inference_mode():
+        tensor[3:5] += 1
+    changed = data.fingerprint
+    view = tensor[4]
+    view -= 1
+    assert len({digits.fingerprint, changed, data.fingerprint}) == 3
+    tensor[3] -= 1
+    assert data.fingerprint == digits.fingerprint
+
+
+def test_the_fingerprint_follows_labels_that_a_network_gave(digits):
+    with torch.inference_mode():
+        labels = digits.train.labels + 0
+        data = replaced(digits, "train", labels=labels)
+        assert data.fingerprint == digits.fingerprint
+        labels += 1
+        assert data.fingerprint != digits.fingerprint
+
+
+def test_an_empty_split_has_a_fingerprint(digits):
+    empty = {"images": digits.train.images[:0], "labels": digits.train.labels[:0]}
+    found = {replaced(digits, part, **empty).fingerprint for part in ("train", "val", "test")}
+    assert len(found | {digits.fingerprint}) == 4
+
+
+def test_the_fingerprint_is_computed_once(digits, monkeypatch):
+    data = dataclasses.replace(digits)
+    first = data.fingerprint
+    monkeypatch.setattr(tensors, "_fingerprint", lambda *_: pytest.fail("computed again"))
+    assert data.fingerprint == first
+
+
+def test_the_fingerprint_of_large_data_is_computed_in_pieces():
+    images = torch.arange(2**23 + 2**22 + 3).byte().view(-1, 1, 1, 1).expand(-1, 1, 1, 2)
+    labels = torch.arange(1).expand(len(images))
+    split = lab.Split(images, labels, *tensors.pixel_statistics(images))
+    data = lab.ImageData("large", "made up", ("a",), split, split, split)
+    with Held(images) as held:
+        found = data.fingerprint
+    assert 0 < held.largest <= 2**24 < 2 * len(images)
+    part = repr(((len(images), 1, 1, 2), ("a",))).encode()
+    part += images.numpy().tobytes() + labels.numpy().tobytes()
+    assert found == hashlib.sha256(3 * part).hexdigest()[:12]
+
+
+def test_a_run_belongs_to_the_data_as_they_are(digits):
+    def trained(data):
+        torch.manual_seed(0)
+        model = lab.MLP(data.num_features, [4], data.num_classes)
+        return lab.train(model, data, lab.TrainConfig(epochs=1), name="fingerprint", track=False)
+
+    run = trained(digits)
+    assert trained(dataclasses.replace(digits)).key == run.key
+    relabelled = replaced(digits, "train", labels=digits.train.labels.roll(1))
+    assert trained(relabelled).key != run.key
+    tests = replaced(digits, "test", labels=digits.test.labels.clone())
+    assert run.test(tests).accuracy == run.test(digits).accuracy
+    tests.test.labels.add_(1).remainder_(10)
+    with pytest.raises(lab.RunError, match=f"trained on data {digits.fingerprint}"):
+        run.test(tests)
 
 
 def test_normalising_equals_a_slow_loop_and_torchvision(write_npz):

@@ -1,0 +1,128 @@
+"""A tree of image files as arrays: decoded and resized in parallel, then cached."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from ..base.files import atomic_write, data_dir, digest
+from ..base.settings import first_line
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
+
+# Pillow knows many more, some of which start other programs: PostScript starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+DECODING = 2  # raised when the same files give other pixels, so that older caches are not used
+
+
+class DataError(RuntimeError):
+    """A data set is missing, damaged or not what it claims to be."""
+
+
+def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Arrays]]:
+    """Class names, and the arrays of each split that is there.
+
+    root: holds train/ and one or both of val/ and test/, each with the same folders, one a class.
+        Below them, files that end in one of SUFFIXES are images; others are ignored.
+    size: side in pixels that images are scaled to; the centre of a longer side is cut out.
+    Raises DataError for a tree of another form and for a file that cannot be decoded.
+    """
+    found = [split for split in ("train", "val", "test") if (root / split).is_dir()]
+    trees = {split: _image_files(root / split) for split in found}
+    classes = sorted(set().union(*trees.values()))
+    if "train" not in found or len(found) < 2 or not classes:
+        raise DataError(
+            f"load_data: {root} holds {', '.join(found) or 'none'} of train/, val/, test/. Needed: "
+            "train/CLASS/IMAGE and the same under val/ or test/."
+        )
+    files, splits, start = [], {}, 0
+    for split, tree in trees.items():
+        if missing := [name for name in classes if not tree.get(name)]:
+            raise DataError(
+                f"load_data: {root / split} has no image of the classes {', '.join(missing)}. Add "
+                f"some ({', '.join(SUFFIXES)}) or remove the folders of the class from all splits."
+            )
+        files += [file for of_class in tree.values() for file in of_class]
+    images = _decode_all(root, files, size)
+    for split, tree in trees.items():
+        labels = np.repeat(np.arange(len(tree)), [len(of_class) for of_class in tree.values()])
+        # Files come class by class; elsewhere the first images of a set are some of each class.
+        order = np.random.default_rng(0).permutation(len(labels))
+        splits[split] = images[start : start + len(labels)][order], labels[order]
+        start += len(labels)
+    return tuple(classes), splits
+
+
+def _image_files(split: Path) -> dict[str, list[Path]]:
+    """The image files of each class, in the order of torchvision's ImageFolder."""
+    classes: dict[str, list[Path]] = {path.name: [] for path in sorted(split.glob("*/"))}
+    # ** follows no links, which could lead in circles.
+    found = [(path.relative_to(split).parts[0], path) for path in split.glob("*/**/*")]
+    for name, path in sorted(found, key=lambda item: (item[0], str(item[1].parent), item[1].name)):
+        is_image = path.name.lower().endswith(SUFFIXES)
+        if is_image and path.is_file():
+            classes[name].append(path)
+        elif not path.is_file() and (path.is_symlink() or (is_image and not path.is_dir())):
+            raise DataError(
+                f"load_data: {path} is a link to a folder or to nothing, a pipe or a device. Put "
+                "files in its place or remove it; only the folder of a class may be a link."
+            )
+    return classes
+
+
+def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
+    """The images of all files, from the cache if they did not change: uint8 [N, 3, size, size]."""
+    stats = [(file, file.stat()) for file in files]
+    read = [(str(file.relative_to(root)), s.st_size, s.st_mtime_ns) for file, s in stats]
+    key = digest([DECODING, str(root.resolve()), read])
+    cache = data_dir() / "cache" / f"{root.name}-{size}px-{key}.npz"
+    # NumPy reports damage as almost any exception; a damaged cache is made again.
+    with suppress(Exception), np.load(cache, allow_pickle=False) as stored:
+        return stored["images"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = np.stack(list(pool.map(lambda file: _decode(file, size), files)))
+    # Where it cannot be kept, decoding is done anew next time.
+    with suppress(OSError, NotImplementedError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.parent / ".lock", timeout=600):
+            # Only who holds the lock writes here: who wrote these files was killed.
+            for abandoned in cache.parent.glob(".*.tmp"):
+                abandoned.unlink()
+            with atomic_write(cache) as target:
+                np.savez(target, images=images)
+    return images
+
+
+def _decode(path: Path, size: int) -> np.ndarray:
+    """One image file of any mode as uint8 [3, size, size]: scaled to fill, centre cut out.
+
+    16 bits of grey are divided by 257; of an animation, the first frame is taken.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+                raise ValueError(
+                    "32 bits of grey, of which no file says what is white: use 8 or 16"
+                )
+            image.draft("RGB", (size, size))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                grey = (np.asarray(image) / 257).round().clip(0, 255)
+                image = Image.fromarray(grey.astype(np.uint8))
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+            return np.asarray(image).transpose(2, 0, 1)
+    except Exception as error:  # Pillow, too, reports damage as almost any exception
+        raise DataError(
+            f"load_data: {path} cannot be decoded ({first_line(error)}). Replace or remove the "
+            f"file. Read are {', '.join(FORMATS)}."
+        ) from error
