@@ -1,6 +1,9 @@
 # Every target sets up .venv first when it is missing or older than the requirements.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two notebooks at a time, each in one kernel and in order. A kernel has one thread: more would wait
+# for each other on two cores, and so the numbers are the same however many cores there are.
+NBVAL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval notebooks
 
 .PHONY: help run test robust report results store bench lint clean
 
@@ -29,7 +32,7 @@ run: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 tests
-	$(BIN)/python -m pytest --nbval notebooks
+	$(NBVAL)
 
 robust: .venv/ready
 	for setting in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \

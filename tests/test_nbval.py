@@ -231,26 +231,23 @@ def test_stored_outputs_are_compared_with_a_tolerance_for_each_kind(outcomes, ca
 
 
 def test_side_by_side_a_notebook_keeps_its_order_and_its_kernel(tmp_path):
-    folder = project(tmp_path)
-    note = "print(os.getpid(), {}, file=open('{}.log', 'a'))"
-    for name in ("a", "b", "c"):
-        sources = [
-            "import os, time",
-            *(f"time.sleep(0.05); {note.format(i, name)}" for i in range(20)),
-        ]
+    names, steps = ("a", "b", "c"), range(8)
+    for name in names:
+        note = f"time.sleep(0.02); print(os.getpid(), {{}}, file=open('{name}.log', 'a'))"
+        sources = ["import os, time", *(note.format(step) for step in steps)]
         cells = [new_code_cell(source, execution_count=1) for source in sources]
-        write_notebook(folder / f"{name}.ipynb", cells)
-    printed = run_nbval(folder, "-v", "-n", "2", "--dist", "loadfile")
-    assert "63 passed" in printed
-    assert "[gw0]" in printed
-    assert "[gw1]" in printed
+        write_notebook(tmp_path / f"{name}.ipynb", cells)
+    printed = run_nbval(project(tmp_path), "-v", "-n", "2", "--dist", "loadfile")
+    assert f"{len(names) * (1 + len(steps))} passed" in printed
+    assert set(re.findall(r"\[gw\d\]", printed)) == {"[gw0]", "[gw1]"}
     kernels = set()
-    for name in ("a", "b", "c"):
-        rows = [row.split() for row in (folder / f"{name}.log").read_text().splitlines()]
-        assert [int(number) for _, number in rows] == list(range(20))
-        assert len({kernel for kernel, _ in rows}) == 1
-        kernels.add(rows[0][0])
-    assert len(kernels) == 3
+    for name in names:
+        log = (tmp_path / f"{name}.log").read_text().splitlines()
+        own, done = zip(*(line.split() for line in log))
+        assert [int(step) for step in done] == [*steps]
+        assert len(set(own)) == 1
+        kernels |= set(own)
+    assert len(kernels) == len(names)
 
 
 def test_the_notebooks_are_all_here():
