@@ -62,8 +62,7 @@ class Line(NamedTuple):
         pairs = zip(NUMBER.finditer(self.text), NUMBER.finditer(new.text))
         for position, (old, now) in enumerate(pairs, 1):
             before, after = (float(number[0].replace(",", "")) for number in (old, now))
-            kind = self.kind(old)
-            tolerance = {"atol": 0, "rtol": 0} | tolerances[kind]
+            tolerance = {"atol": 0, "rtol": 0} | tolerances[kind := self.kind(old)]
             allowed = tolerance["atol"] + tolerance["rtol"] * abs(before)
             if abs(after - before) > allowed * (1 + 1e-9):  # 0.3 - 0.1 is not quite 0.2
                 yield (
@@ -76,18 +75,19 @@ def lines_of(text: str) -> list[Line]:
     """The lines of a text; of HTML, the cells of its tables and what stands around them."""
     if "</td>" not in text:
         return [Line(line) for line in text.splitlines()]
-    lines, header = [], []
+    lines, header, index = [], [], []
     for row in re.split(r"(?=<table\b|<tr\b)", text):
-        cells = {"th": [], "td": []}
+        labels, values = [], []
         for tag, span, content in CELL.findall(row):
-            cells[tag] += [html.unescape(content)] * int(span or 1)
-        labels, values = cells["th"], cells["td"]
-        if not values:
-            header = [*header, labels] if labels else []  # a new table begins without labels
-        columns = [""] * len(values) + [" ".join(names).strip() for names in zip(*header)]
+            (labels if tag == "th" else values).extend([html.unescape(content)] * int(span or 1))
         lines += [Line(CELL.sub("", row)), *map(Line, labels)]
+        if values:
+            index = index[: len(index) - len(labels)] + labels  # a label may be for several rows
+        else:
+            header, index = [*header, labels] if labels else [], []  # none: a new table begins
+        columns = [""] * len(values) + [" ".join(names).strip() for names in zip(*header)]
         for column, value in zip(columns[-len(values) :], values):
-            headings = filter(None, [column, *labels, *columns[: -len(values)]])
+            headings = filter(None, [column, *index, *columns[: -len(values)]])
             lines.append(Line(value, "\n".join(headings)))
     return lines
 

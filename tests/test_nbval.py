@@ -23,11 +23,13 @@ def stored(source: str, text: str, **tolerances):
     return cell
 
 
-def stored_table(new: str, frame: pd.DataFrame, **tolerances):
-    """A code cell that shows the table `new`, and showed `frame` when it was stored."""
-    cell = new_code_cell(f"pd.{new}", execution_count=1, metadata={"nbval": tolerances})
-    data = {"text/html": frame._repr_html_(), "text/plain": repr(frame)}
-    cell.outputs = [new_output("execute_result", data=data, execution_count=1)]
+def stored_tables(*tables: tuple[str, str], **tolerances):
+    """A code cell that shows tables; each is given as it is now and as it was when stored."""
+    source = "\n".join(f"display(pd.{new})" for new, _ in tables)
+    cell = new_code_cell(source, execution_count=1, metadata={"nbval": tolerances})
+    for frame in (eval(f"pd.{old}", {"pd": pd}) for _, old in tables):
+        data = {"text/html": frame._repr_html_(), "text/plain": repr(frame)}
+        cell.outputs.append(new_output("display_data", data=data))
     return cell
 
 
@@ -42,10 +44,10 @@ def results(loss: float, accuracy: str = "97.50 ± 0.40", seeds: int = 3, gap: s
     return f"DataFrame({columns}, index=pd.MultiIndex.from_tuples([('ours', 'mlp-64')]))"
 
 
-def table(expression: str) -> pd.DataFrame:
-    return eval(f"pd.{expression}")
-
-
+TWO_ROWS = (
+    "DataFrame({{'lr': ['1.0', '{}']}}, index=pd.MultiIndex.from_tuples("
+    "[('ours', 'mlp-10'), ('ours', 'mlp-64')], names=['recipe', 'model']))"
+)
 ROWS = "DataFrame({{'plain': [{}], 'residual': ['0.9']}}, index=pd.Index([{!r}], name={!r}))"
 HALF = {"percent": {"atol": 12}, "loss": {"rtol": 0.5}}
 
@@ -134,50 +136,63 @@ CASES = {
         "words differ",
     ),
     "cell fails": (stored("print(1 / 0)", "1.0\n"), "ZeroDivisionError"),
-    "table": (stored_table(results(0.21, "96.10 ± 1.40"), table(results(0.20))), ""),
+    "table": (stored_tables((results(0.21, "96.10 ± 1.40"), results(0.20))), ""),
     "table, accuracy lost": (
-        stored_table(results(0.21, "94.10 ± 0.40"), table(results(0.20))),
+        stored_tables((results(0.21, "94.10 ± 0.40"), results(0.20))),
         'number 1 in "accuracy (%), ours, mlp-64: 97.50 ± 0.40": stored 97.50, new 94.10, '
         "differs by 3.4, allowed 2 (percent)",
     ),
+    "table, a label for several rows": (
+        stored_tables((TWO_ROWS.format("5.0"), TWO_ROWS.format("9.0"))),
+        'number 1 in "lr, ours, mlp-64, recipe, model: 9.0": stored 9.0, new 5.0, '
+        "differs by 4, allowed 0.18 (other)",
+    ),
+    "two tables": (
+        stored_tables(
+            (ROWS.format("9.5", 8, "val (%)"), ROWS.format("9.4", 8, "val (%)")),
+            (ROWS.format("9.5", 8, ""), ROWS.format("9.4", 8, "")),
+            other={"atol": 0.05},
+        ),
+        'number 1 in "plain, 8: 9.4": stored 9.4, new 9.5, differs by 0.1, allowed 0.05 (other)',
+    ),
     "table, a loss behind a wide tolerance for percents": (
-        stored_table(results(2.3, "90.10 ± 0.40"), table(results(0.2)), percent={"atol": 12}),
+        stored_tables((results(2.3, "90.10 ± 0.40"), results(0.2)), percent={"atol": 12}),
         'number 1 in "loss (nats), ours, mlp-64: 0.2": stored 0.2, new 2.3, differs by 2.1, '
         "allowed 0.04 (loss)",
     ),
     "table, a wide tolerance for each": (
-        stored_table(results(0.29, "90.10 ± 0.40"), table(results(0.2)), **HALF),
+        stored_tables((results(0.29, "90.10 ± 0.40"), results(0.2)), **HALF),
         "",
     ),
     "table, a count": (
-        stored_table(results(0.2, seeds=2), table(results(0.2))),
+        stored_tables((results(0.2, seeds=2), results(0.2))),
         'stored "seeds, ours, mlp-64: 3", new "seeds, ours, mlp-64: 2"',
     ),
-    "table, a dash": (stored_table(results(0.2, gap="1.50"), table(results(0.2))), "words differ"),
+    "table, a dash": (stored_tables((results(0.2, gap="1.50"), results(0.2))), "words differ"),
     "table, heading": (
-        stored_table(results(0.2), table(results(0.2).replace("loss (nats)", "loss"))),
+        stored_tables((results(0.2), results(0.2).replace("loss (nats)", "loss"))),
         'words differ: stored "loss"',
     ),
     "table, the row has the unit": (
-        stored_table(ROWS.format("10.5", "val (%)", ""), table(ROWS.format("12.4", "val (%)", ""))),
+        stored_tables((ROWS.format("10.5", "val (%)", ""), ROWS.format("12.4", "val (%)", ""))),
         "",
     ),
     "table, the corner has the unit": (
-        stored_table(
-            ROWS.format("9.5", 8, "val (%) at"), table(ROWS.format("11.4", 8, "val (%) at"))
-        ),
+        stored_tables((ROWS.format("9.5", 8, "val (%) at"), ROWS.format("11.4", 8, "val (%) at"))),
         "",
     ),
     "table, the column's unit comes first": (
-        stored_table(
-            ROWS.format("2.3", 8, "accuracy (%)").replace("plain", "val_loss"),
-            table(ROWS.format("0.2", 8, "accuracy (%)").replace("plain", "val_loss")),
+        stored_tables(
+            (
+                ROWS.format("2.3", 8, "accuracy (%)").replace("plain", "val_loss"),
+                ROWS.format("0.2", 8, "accuracy (%)").replace("plain", "val_loss"),
+            ),
             percent={"atol": 12},
         ),
         "stored 0.2, new 2.3, differs by 2.1, allowed 0.04 (loss)",
     ),
     "table, no unit": (
-        stored_table(ROWS.format("2.3", 8, "depth"), table(ROWS.format("0.2", 8, "depth")), **HALF),
+        stored_tables((ROWS.format("2.3", 8, "depth"), ROWS.format("0.2", 8, "depth")), **HALF),
         "allowed 0.004 (other)",
     ),
 }
