@@ -65,7 +65,7 @@ def make_deep() -> nn.Module:
 def with_labutils(data: lab.ImageData, model: nn.Module, turn: int) -> float:
     config = lab.TrainConfig(epochs=1, batch_size=BATCH, optimizer="adam", seed=turn)
     run = lab.train(model, data, config, name="loop", retrain=True, progress=False, track=None)
-    return run.rows[0]["images_per_second"]
+    return run.history.images_per_second.iloc[0]
 
 
 def bare_loop(data: lab.ImageData, model: nn.Module, turn: int) -> float:

@@ -3,7 +3,7 @@
     python benchmarks/threads.py
 
 Multilayer perceptrons of several sizes, forward, backward and Adam; the best of several rounds, one
-thread and all threads taking turns. The threshold in labutils.execution comes from here.
+thread and all threads taking turns. The threshold in labutils/base/device.py comes from here.
 """
 
 from __future__ import annotations

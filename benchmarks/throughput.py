@@ -180,7 +180,7 @@ class Ours:
         )
         options = {"name": "throughput", "progress": False, "track": None}
         run = lab.train(self.make(), self.data, config, **options)
-        self.speed = statistics.median(row["images_per_second"] for row in run.rows)
+        self.speed = run.history.images_per_second.median()
         return self.speed
 
 

@@ -30,12 +30,8 @@ from labutils.base.device import device_name
 
 def seconds_to(goal: float, run: lab.Run) -> float:
     """Training time until the validation accuracy is at least goal; infinite if it never is."""
-    total = 0.0
-    for row in run.rows:
-        total += row["seconds"]
-        if row["val_accuracy"] >= goal:
-            return total
-    return math.inf
+    history = run.history
+    return min(history.seconds.cumsum()[history.val_accuracy >= goal], default=math.inf)
 
 
 def train(make: Callable[[], nn.Module], data: lab.ImageData, config: lab.TrainConfig) -> lab.Run:
