@@ -1,8 +1,8 @@
 """Every figure. Functions take long tables and arrays and return a Matplotlib figure.
 
 A long table has one row a measurement. Its column `hue` says what is compared, models for example:
-each gets a colour of PALETTE, in order of appearance. Rows that are alike but for their value, of
-several seeds for example, are drawn as their mean and spread, and counted as n.
+each gets a colour of PALETTE, in order of appearance. Rows that differ in their value alone, of
+several seeds, are drawn as mean and spread and counted as n.
 Figures are closed before they are returned: a notebook shows the one that a cell ends with, once.
 """
 
@@ -16,18 +16,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from pandas import DataFrame, Series, factorize
 
 PALETTE = sns.color_palette("colorblind")
 GREY = "0.45"
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # a legend right of the axes
-
-BOX = {"figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False}
+FRAME = {"figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False}
 # Without parse_math a class may be called $x$.
-TEXT = {"axes.grid": True, "grid.color": "0.92", "text.parse_math": False}
-STYLE = sns.axes_style("ticks") | sns.plotting_context(font_scale=0.85) | BOX | TEXT
+INSIDE = {"axes.grid": True, "grid.color": "0.92", "text.parse_math": False, "patch.linewidth": 0}
+STYLE = sns.axes_style("ticks") | sns.plotting_context(font_scale=0.85) | FRAME | INSIDE
 _styled = plt.rc_context(STYLE)
 
 
@@ -42,13 +40,10 @@ def _figure(title: str, width: float, height: float, rows=1, columns=1, **option
 
 
 def _checked(table: DataFrame, numbers: Sequence[str], hue: str, *names: str) -> tuple:
-    """The columns that a figure needs, with infinite numbers as NaN, and a colour for each hue.
-
-    Raises ValueError that names a column which is missing, empty, or lacks a name.
-    """
+    """The columns that are needed, and a colour for each hue; a ValueError names a bad column."""
     for column in (*numbers, hue, *names):
         if column not in table:
-            raise ValueError(f"No column {column!r} in the table. It has: {', '.join(table)}.")
+            raise ValueError(f"The table has no column {column!r}. It has: {list(table)}.")
         if table.empty or (column not in numbers and table[column].isna().any()):
             raise ValueError(f"Column {column!r} is empty, or empty in some of its rows.")
     types = dict.fromkeys(numbers, float) | dict.fromkeys((hue, *names), str)
@@ -57,10 +52,11 @@ def _checked(table: DataFrame, numbers: Sequence[str], hue: str, *names: str) ->
     return table.replace([np.inf, -np.inf], np.nan), colors
 
 
-def _note(axis, text: str, sizes: Series) -> None:
-    """Say above the axes what is drawn, and of how many measurements."""
+def _describe(axis, y: str, text: str, sizes: Series) -> None:
+    """Name the y axis; say above the axes what is drawn, and of how many measurements."""
     n = " to ".join(str(size) for size in sorted({sizes.min(), sizes.max()}))
-    axis.set_title(f"{text}   n = {n}", loc="left", fontsize=9, color=GREY)
+    axis.set_title(f"{text}n = {n}", loc="left", fontsize=9, color=GREY)
+    axis.set_ylabel(y)
 
 
 def _curves(axis, table: DataFrame, x: str, y: str, hue: str, colors: dict, style="-") -> None:
@@ -74,26 +70,26 @@ def _curves(axis, table: DataFrame, x: str, y: str, hue: str, colors: dict, styl
     axis.set_xlabel(x)
 
 
-def _name(axes: Sequence, colors: dict) -> None:
-    """Write the names where their lines end if at most five find room, else in a legend."""
+def _named(axes: Sequence, colors: dict) -> Figure:
+    """The figure, with names where lines end if at most five find room there, else a legend."""
     lines = [line for axis in axes for line in axis.get_lines() if line.get_label() in colors]
     options = {"textcoords": "offset points", "va": "center", "fontsize": 9}
     texts = []
     for line in lines:
         options["color"], end = line.get_color(), line.get_xydata()[-1]
         texts.append(line.axes.annotate(line.get_label(), end, (7, 0), **options))
-    axes[0].get_figure().draw_without_rendering()  # which places everything
+    figure = axes[0].get_figure()
+    figure.draw_without_rendering()  # which places everything
     boxes = [text.get_window_extent() for text in texts]
     paths = [line.get_transform().transform_path(line.get_path()) for line in lines]
-    free = len(colors) <= 5 and all(np.isfinite(box.extents).all() for box in boxes)
-    for box in boxes:
-        crossed = any(path.intersects_bbox(box, filled=False) for path in paths)
-        free = free and box.count_overlaps(boxes) == 1 and not crossed
-    if not free:
+    crossed = any(path.intersects_bbox(box, filled=False) for path in paths for box in boxes)
+    free = all(box.count_overlaps(boxes) == 1 for box in boxes)  # only itself; 0 if it is nowhere
+    if crossed or not free or len(colors) > 5 or len(lines) < len(axes) * len(colors):
         for text in texts:
             text.remove()
-        handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
+        handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
         axes[-1].legend(handles=handles, **BESIDE)
+    return figure
 
 
 def _log_ticks(axis) -> None:
@@ -101,12 +97,11 @@ def _log_ticks(axis) -> None:
     if not np.isfinite(axis.get_minpos()):
         return  # nothing positive to draw
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = axis.get_view_interval()
-    decades = np.log10(high / low)
+    decades = np.ptp(np.log10(axis.get_view_interval()))
     steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3)
     axis.set_major_locator(LogLocator(subs=steps if decades < 2.5 else (1,), numticks=9))
-    short = EngFormatter()  # 20000 -> 20 k
-    axis.set_major_formatter(lambda v, _: short(v) if 1e3 <= v < 1e12 else f"{v:g}")
+    # 20000 -> 20 k, but 0.02 stays as it is
+    axis.set_major_formatter(lambda v, _: EngFormatter()(v) if v >= 1000 else f"{v:g}")
     axis.set_minor_locator(NullLocator())
 
 
@@ -130,8 +125,7 @@ def mistakes(
 ) -> Figure:
     """The misclassified images of which the network was surest, the surest first.
 
-    images: uint8 [N, C, H, W]. labels: int [N]. probs: float [N, num_classes]. Arrays, or tensors
-    on the CPU. classes: num_classes names.
+    images: uint8 [N, C, H, W]; labels: int [N]; probs: float [N, num_classes]; none on a GPU.
     """
     images, labels, probs = np.asarray(images), np.asarray(labels), np.asarray(probs)
     preds, confidence = probs.argmax(axis=1), probs.max(axis=1)
@@ -156,20 +150,19 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
     """
     numbers = ["seed", "epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
     table, colors = _checked(histories, numbers, hue)
-    figure, (left, right) = _figure(title, 9.9, 3.7, columns=2)
+    _, (left, right) = _figure(title, 9.9, 3.7, columns=2)
     for axis, score in ((left, "loss"), (right, "accuracy")):
         _curves(axis, table, "epoch", f"train_{score}", hue, colors, ":")
         _curves(axis, table, "epoch", f"val_{score}", hue, colors)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _note(left, "val —   train ···", table.groupby(hue)["seed"].nunique())
+    seeds = table.groupby(hue)["seed"].nunique()
+    _describe(left, "mean cross-entropy (nats)", "val —   train ···   ", seeds)
     _log_ticks(left.yaxis)
-    left.set_ylabel("mean cross-entropy (nats)")
     right.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     right.set_ylabel("accuracy (%)")
     if chance:
         right.axhline(chance, color=GREY, lw=1, ls="--")
-    _name([right], colors)
-    return figure
+    return _named([right], colors)
 
 
 @_styled
@@ -178,27 +171,22 @@ def lines(
 ) -> Figure:
     """One number against another: mean, and band from lowest to highest around solid lines.
 
-    style: a column of at most two values; the first is drawn solid, the second dotted.
-    log_x: logarithmic x axis with a tick at every x.
+    style: a column of two values, drawn solid and dotted. log_x: with a tick at every x.
     """
     table, colors = _checked(table, [x, y], hue, *([style] if style else []))
-    parts = list(table.groupby(style or [True] * len(table), sort=False))
-    if len(parts) > 2:
-        raise ValueError(f"Column {style!r} holds {len(parts)} values. Choose two of them.")
-    figure, (axis,) = _figure(title, 7.2, 4.4)
-    for (_, rows), dashes in zip(parts, "-:"):
-        _curves(axis, rows, x, y, hue, colors, dashes)
-    looks = [f"{name} {look}" for (name, _), look in zip(parts, ("—", "···"))] if style else []
-    _note(axis, "   ".join(looks), table.groupby([hue, style or hue, x]).size())
-    axis.set_ylabel(y)
+    _, (axis,) = _figure(title, 7.2, 4.4)
+    note = ""
+    for kind, rows in table.groupby(style or [""] * len(table), sort=False):
+        _curves(axis, rows, x, y, hue, colors, ":" if note else "-")
+        note += f"{kind} {'···' if note else '—'}   " if style else ""
+    _describe(axis, y, note, table.groupby([hue, style or hue, x]).size())
     if log_x:
         ticks = sorted(table[x][table[x] > 0].unique())
         axis.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:g}" for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
     if log_y:
         _log_ticks(axis.yaxis)
-    _name([axis], colors)
-    return figure
+    return _named([axis], colors)
 
 
 @_styled
@@ -207,9 +195,8 @@ def dots(
 ) -> Figure:
     """One row a category y, one colour a hue: mean of x ± standard deviation of the sample.
 
-    marks: name -> category -> value, drawn as grey diamonds, then bars: published results and
-    targets, say; categories that the table lacks are left out. colors: the hues' places in
-    PALETTE; by default none that stands for a model in the other figures of a notebook.
+    marks: name -> category -> value, drawn as grey diamonds, then bars; categories that the table
+    lacks are left out. colors: the hues' places in PALETTE, by default none of a model.
     """
     table, hues = _checked(table, [x], hue, y)
     rows = list(table[y].unique())
@@ -223,7 +210,7 @@ def dots(
         look = {"fmt": "o", "ms": 6, "color": PALETTE[color], "label": name}
         axis.errorbar(spread["mean"], heights, xerr=spread["std"], **look)
     axis.set(xlabel=x, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
-    _note(axis, "mean ± deviation", table.groupby([y, hue]).size())
+    _describe(axis, "", "mean ± deviation, ", table.groupby([y, hue]).size())
     axis.legend(**BESIDE)
     return figure
 
@@ -236,50 +223,44 @@ def against(table: DataFrame, *, prices: Sequence[str], y: str, hue: str, title:
     """
     table, colors = _checked(table, [*prices, y], hue)
     groups = table.groupby(hue, sort=False)
-    deviations = groups[y].std()
-    figure, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices))
+    _, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices))
     for axis, price in zip(axes, prices):
-        for name, mean in groups.mean().iterrows():
-            bars = axis.errorbar(mean[price], mean[y], deviations[name], fmt="o", c=colors[name])
+        for (name, mean), deviation in zip(groups.mean().iterrows(), groups[y].std()):
+            bars = axis.errorbar(mean[price], mean[y], deviation, fmt="o", color=colors[name])
             bars.lines[0].set_label(name)
         axis.set_xlabel(price)
-        axis.margins(x=0.12, y=0.12)
         _log_ticks(axis.xaxis)
-    axes[0].set_ylabel(y)
-    _note(axes[0], "mean ± deviation", groups.size())
-    _name(axes, colors)
-    return figure
+    _describe(axes[0], y, "mean ± deviation, ", groups.size())
+    return _named(axes, colors)
 
 
 @_styled
 def layers(table: DataFrame, *, panel: str, hue: str, y: str, title: str) -> Figure:
     """A quantity layer by layer, from the input to the output, on a logarithmic scale.
 
-    table: columns panel, hue, layer and y; layers are numbered in order of appearance. Zeros
-    cannot be drawn and leave a gap.
+    table: columns panel, hue, layer (numbered in order of appearance) and y; zeros leave a gap.
     """
     table, colors = _checked(table, [y], hue, panel, "layer")
     names = table.groupby([panel, hue])["layer"]
     table["layer, from the input"] = names.transform(lambda names: factorize(names)[0] + 1)
     table[y] = table[y].where(table[y] > 0)
     panels = table.groupby(panel, sort=False)
-    figure, axes = _figure(title, 1.6 + 4.2 * len(panels), 3.9, columns=len(panels), sharey=True)
+    _, axes = _figure(title, 1.6 + 4.2 * len(panels), 3.9, columns=len(panels), sharey=True)
     for axis, (name, rows) in zip(axes, panels):
         _curves(axis, rows, "layer, from the input", y, hue, colors)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(name, loc="left")
     _log_ticks(axes[0].yaxis)
     axes[0].set_ylabel(y)
-    _name(axes[-1:], colors)
-    return figure
+    return _named(axes[-1:], colors)
 
 
 @_styled
 def heatmap(table: DataFrame, *, title: str, label: str, digits: int = 1) -> Figure:
     """A table of numbers as coloured, annotated cells; its index and columns carry their names."""
     figure, (axis,) = _figure(title, 2.2 + 0.85 * table.shape[1], 1.3 + 0.5 * table.shape[0])
-    cells = {"annot": True, "fmt": f".{digits}f", "linewidths": 0.5, "cmap": "viridis"}
-    sns.heatmap(table, ax=axis, cbar_kws={"label": label}, **cells)
+    cells = {"annot": True, "fmt": f".{digits}f", "linewidths": 0.5, "cbar_kws": {"label": label}}
+    sns.heatmap(table, ax=axis, cmap="viridis", **cells)
     axis.tick_params(length=0, rotation=0)
     axis.invert_yaxis()
     return figure
@@ -291,19 +272,17 @@ def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
 
     More than 30 classes are too many for numbers and names: they are drawn without.
     """
-    matrix, names = np.asarray(matrix), list(classes)
+    matrix = np.asarray(matrix)
     hits, readable = np.eye(len(matrix), dtype=bool), len(matrix) <= 30
     side = max(5.5, 0.48 * len(matrix) + 1.6) if readable else 9.0
     figure, (axis,) = _figure(title, side + 0.8, side)
-    cells = {"ax": axis, "square": True, "xticklabels": False, "yticklabels": False}
-    if readable:
-        counts = np.where(matrix > 0, matrix.astype(str), "")
-        cells |= {"annot": counts, "fmt": "", "linewidths": 0.5}
-        cells |= {"xticklabels": names, "yticklabels": names}
+    names = list(classes) if readable else False
+    counts = np.where(matrix > 0, matrix.astype(str), "") if readable else None
+    cells = {"annot": counts, "fmt": "", "square": True, "linewidths": 0.5 * readable}
+    cells |= {"ax": axis, "xticklabels": names, "yticklabels": names}
     bar = {"label": "images", "shrink": 0.75, "ticks": MaxNLocator(integer=True)}
     sns.heatmap(matrix, mask=hits, cmap="Reds", cbar_kws=bar, **cells)
-    grey = {"cmap": ["0.93"], "cbar": False, "annot_kws": {"color": "0.4"}}
-    sns.heatmap(matrix, mask=~hits, **grey, **cells)
+    sns.heatmap(matrix, mask=~hits, cmap=["0.93"], cbar=False, annot_kws={"color": "0.4"}, **cells)
     axis.set(xlabel="predicted class", ylabel="true class")
     axis.tick_params(length=0, rotation=0)
     if max(map(len, classes), default=0) > 7:  # longer names would run into each other
@@ -315,19 +294,16 @@ def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
 def reliability_diagram(bins: DataFrame, *, hue: str, title: str, min_images: int = 10) -> Figure:
     """Accuracy against confidence; on the diagonal a network knows what it knows.
 
-    bins: columns hue and those of metrics.calibration_bins. Bins of fewer than min_images say
-    nothing and are left out; the area of a point grows with its images.
+    bins: columns hue and those of metrics.calibration_bins. Bins of fewer images than min_images
+    say nothing and are left out; the area of a point grows with its images.
     """
     table, colors = _checked(bins, ["confidence", "accuracy", "images"], hue)
     figure, (axis,) = _figure(title, 7.4, 4.4)
-    axis.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", label="perfectly calibrated")
+    axis.plot([0, 100], [0, 100], color=GREY, lw=1, ls="--", label="perfectly calibrated")
     for name, rows in table[table["images"] >= min_images].groupby(hue, sort=False):
-        points = (rows["confidence"], rows["accuracy"])
+        points = (100 * rows["confidence"], 100 * rows["accuracy"])
         axis.plot(*points, color=colors[name], label=name)
         axis.scatter(*points, s=6 * np.sqrt(rows["images"]), color=colors[name])
     axis.set(xlabel="confidence (%)", ylabel="accuracy at that confidence (%)")
-    axis.set(xlim=(0, 1.03), ylim=(0, 1.03))
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter(PercentFormatter(1.0, symbol=""))
     axis.legend(**BESIDE)
     return figure

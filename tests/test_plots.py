@@ -138,8 +138,8 @@ def test_axes_are_named(figures, name):
     [
         ("learning_curves", "val —   train ···   n = 1 to 2"),
         ("lines", "test —   train ···   n = 1 to 2"),
-        ("dots", "mean ± deviation   n = 1 to 2"),
-        ("against", "mean ± deviation   n = 1 to 2"),
+        ("dots", "mean ± deviation, n = 1 to 2"),
+        ("against", "mean ± deviation, n = 1 to 2"),
     ],
 )
 def test_a_figure_says_of_how_many_measurements_it_is(figures, name, expected):
@@ -167,7 +167,7 @@ def test_the_confusion_matrix_prints_its_counts_and_leaves_zeros_blank(figures):
 
 def test_reliability_leaves_out_bins_that_say_nothing(figures):
     line = solid(figures["reliability_diagram"].axes[0])["m"]
-    np.testing.assert_allclose(line.get_xydata(), [[0.9, 0.9]])
+    np.testing.assert_allclose(line.get_xydata(), [[90, 90]])
 
 
 def test_dots_stand_at_the_means_with_deviations_and_categories_in_order(figures):
@@ -209,13 +209,6 @@ def test_lines_go_through_the_means_with_a_tick_at_every_x(figures):
 def test_the_mean_is_the_arithmetic_one_on_a_logarithmic_axis_too():
     line = solid(draw("lines", log_y=True).axes[0])["m"]
     np.testing.assert_allclose(line.get_ydata(), [92.0, 10.0])
-
-
-def test_a_third_line_style_is_refused_by_its_column():
-    table = results()["lines"]
-    table.loc[0, "split"] = "val"
-    with pytest.raises(ValueError, match="'split' holds 3 values"):
-        draw("lines", table)
 
 
 def names_beside(figure):
@@ -372,7 +365,7 @@ def test_names_are_drawn_to_the_letter_though_they_look_like_formulas():
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_missing_an_empty_and_an_unnamed_column_are_named(name):
     table, hue = results()[ARGUMENTS[name][0]], ARGUMENTS[name][1]["hue"]
-    with pytest.raises(ValueError, match=rf"No column '{hue}' in the table\. It has: .*"):
+    with pytest.raises(ValueError, match=rf"The table has no column '{hue}'\. It has: "):
         draw(name, table.drop(columns=hue))
     with pytest.raises(ValueError, match=r"Column '.*' is empty"):
         draw(name, table.head(0))
