@@ -1,8 +1,8 @@
 """Every figure. Functions take long tables and arrays and return a Matplotlib figure.
 
 A long table has one row a measurement. Its column `hue` says what is compared, models for example:
-each gets a colour of PALETTE, in order of appearance. Rows that differ in their value alone, of
-several seeds, are drawn as mean and spread and counted as n.
+each gets a colour of PALETTE, in order of appearance. Rows of several seeds are drawn as their mean
+and spread, and counted as n. NaN and infinite numbers are not drawn.
 Figures are closed before they are returned: a notebook shows the one that a cell ends with, once.
 """
 
@@ -30,10 +30,9 @@ _styled = plt.rc_context(STYLE)
 
 
 def _figure(title: str, width: float, height: float, rows=1, columns=1, **options) -> tuple:
-    size = (min(max(width, 6.0), 10.0), height)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
-    title = textwrap.fill(title, round(8.5 * size[0]))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    width = min(max(width, 6.0), 10.0)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
+    figure.suptitle(textwrap.fill(title, int(8 * width)), x=0.01, ha="left", size=13, weight="bold")
     sns.despine(figure)
     plt.close(figure)
     return figure, list(axes.flat)
@@ -45,7 +44,7 @@ def _checked(table: DataFrame, numbers: Sequence[str], hue: str, *names: str) ->
         if column not in table:
             raise ValueError(f"The table has no column {column!r}. It has: {list(table)}.")
         if table.empty or (column not in numbers and table[column].isna().any()):
-            raise ValueError(f"Column {column!r} is empty, or empty in some of its rows.")
+            raise ValueError(f"Column {column!r} has no rows, or rows without a name.")
     types = dict.fromkeys(numbers, float) | dict.fromkeys((hue, *names), str)
     table = table.reset_index(drop=True)[list(types)].astype(types)
     colors = dict(zip(table[hue].unique(), cycle(PALETTE)))
@@ -93,14 +92,13 @@ def _named(axes: Sequence, colors: dict) -> Figure:
 
 
 def _log_ticks(axis) -> None:
-    """Make an x or y axis logarithmic, with ticks between powers of ten if these are too few."""
+    """Logarithmic scale, with ticks between powers of ten if these are too few; 20 k for 20000."""
     if not np.isfinite(axis.get_minpos()):
         return  # nothing positive to draw
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     decades = np.ptp(np.log10(axis.get_view_interval()))
     steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3)
     axis.set_major_locator(LogLocator(subs=steps if decades < 2.5 else (1,), numticks=9))
-    # 20000 -> 20 k, but 0.02 stays as it is
     axis.set_major_formatter(lambda v, _: EngFormatter()(v) if v >= 1000 else f"{v:g}")
     axis.set_minor_locator(NullLocator())
 
@@ -129,8 +127,7 @@ def mistakes(
     """
     images, labels, probs = np.asarray(images), np.asarray(labels), np.asarray(probs)
     preds, confidence = probs.argmax(axis=1), probs.max(axis=1)
-    wrong = np.flatnonzero(preds != labels)
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
+    wrong = [i for i in np.argsort(-confidence, kind="stable") if preds[i] != labels[i]][:count]
     captions = [
         f"{classes[preds[i]]}?\nno, {classes[labels[i]]}\n{100 * confidence[i]:.0f} % sure"
         for i in wrong
@@ -217,10 +214,7 @@ def dots(
 
 @_styled
 def against(table: DataFrame, *, prices: Sequence[str], y: str, hue: str, title: str) -> Figure:
-    """One result against several prices: a panel each, prices on logarithmic axes.
-
-    prices: columns. A hue is drawn at its mean price: mean of y ± standard deviation.
-    """
+    """A result, mean ± deviation, against each of several prices, which have logarithmic axes."""
     table, colors = _checked(table, [*prices, y], hue)
     groups = table.groupby(hue, sort=False)
     _, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices))
@@ -268,10 +262,7 @@ def heatmap(table: DataFrame, *, title: str, label: str, digits: int = 1) -> Fig
 
 @_styled
 def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
-    """Mistakes as a heat map: images of the row's class taken for the column's; hits in grey.
-
-    More than 30 classes are too many for numbers and names: they are drawn without.
-    """
+    """Images of the row's class taken for the column's; no text for more than 30 classes."""
     matrix = np.asarray(matrix)
     hits, readable = np.eye(len(matrix), dtype=bool), len(matrix) <= 30
     side = max(5.5, 0.48 * len(matrix) + 1.6) if readable else 9.0
