@@ -130,12 +130,10 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
     input_size: shape of one input without the batch dimension, (C, H, W) or (F,).
     A layer that is used twice has two rows, its parameters in the first. A multiplication and an
-    addition are two FLOPs, as torch counts. The last row is the sum.
-    The model is left as it was: no hooks, no gradients, the same mode.
+    addition are two FLOPs, as torch counts. The last row is the sum. The model is left as it was.
     Raises ValueError if the model cannot take such an input.
     """
-    rows: list[dict] = []
-    seen: set[Tensor] = set()
+    rows, seen = [], set()
     counter = FlopCounterMode(display=False)
     flops_before: dict[nn.Module, int] = {}
 
@@ -143,15 +141,11 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
         flops_before[layer] = counter.get_total_flops()
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
-        rows.append(
-            {
-                "layer": name or type(layer).__name__,
-                "kind": type(layer).__name__,
-                "output": "x".join(str(size) for size in output.shape[1:]),
-                "parameters": sum(p.numel() for p in layer.parameters() if p not in seen),
-                "FLOPs": counter.get_total_flops() - flops_before[layer],
-            }
-        )
+        row = {"layer": name or type(layer).__name__, "kind": type(layer).__name__}
+        row["output"] = "x".join(str(size) for size in output.shape[1:])
+        row["parameters"] = sum(p.numel() for p in layer.parameters() if p not in seen)
+        row["FLOPs"] = counter.get_total_flops() - flops_before[layer]
+        rows.append(row)
         seen.update(layer.parameters())
 
     device = next((p.device for p in model.parameters()), "cpu")
