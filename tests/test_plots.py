@@ -1,62 +1,91 @@
 """Figures show the numbers they were given, with names and units, and are shown once."""
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from matplotlib.text import Text
 
 from labutils import plots
 from labutils.data.sources import CIFAR10_CLASSES
 
 
-def history(values):
-    epochs = pd.RangeIndex(1, len(values) + 1, name="epoch")
-    frame = pd.DataFrame({"train_loss": values, "val_loss": np.array(values) + 0.1}, index=epochs)
-    frame["train_accuracy"], frame["val_accuracy"] = 1 - frame.train_loss, 1 - frame.val_loss
-    return frame
+def history(model, seed, losses):
+    table = pd.DataFrame({"epoch": range(1, len(losses) + 1), "train_loss": losses})
+    table["val_loss"] = table.train_loss + 0.1
+    table["train_accuracy"], table["val_accuracy"] = 1 - table.train_loss, 1 - table.val_loss
+    return table.assign(model=model, seed=seed)
+
+
+def results():
+    """Long tables, small enough to compute by hand what is drawn."""
+    histories = [history("m", 0, [0.5, 0.2]), history("m", 1, [0.4]), history("n", 0, [0.3, 0.1])]
+    curves = [("m", 2, "test", 90), ("m", 2, "test", 94), ("m", 40, "test", 10)]
+    curves += [("n", 2, "test", 80), ("m", 2, "train", 99), ("m", 2, "train", 97)]
+    curves += [("m", 40, "train", 11)]
+    dots = [("ours", "a", 89), ("ours", "a", 91), ("theirs", "a", 80), ("theirs", "b", 70)]
+    prices = [("a", 50, 2, 89), ("a", 150, 2, 91), ("b", 1e6, 1, 95)]
+    norms = {("before", "m"): [1e-9, 0, 1], ("before", "n"): [2, 3], ("after", "m"): [0.1, 1, 1e3]}
+    layers = [
+        (panel, model, f"block.{2 * i}", value)
+        for (panel, model), values in norms.items()
+        for i, value in enumerate(values)
+    ]
+    return {
+        "histories": pd.concat(histories),
+        "lines": pd.DataFrame(curves, columns=["model", "depth", "split", "accuracy (%)"]),
+        "dots": pd.DataFrame(dots, columns=["recipe", "network", "accuracy (%)"]),
+        "prices": pd.DataFrame(prices, columns=["model", "parameters", "seconds", "accuracy (%)"]),
+        "layers": pd.DataFrame(layers, columns=["when", "model", "layer", "norm"]),
+        "bins": pd.DataFrame(
+            {"model": "m", "confidence": [0.2, 0.9], "accuracy": [0.5, 0.9], "images": [3, 50]}
+        ),
+    }
+
+
+ARGUMENTS = {
+    "learning_curves": ("histories", {"hue": "model", "chance": 0.1}),
+    "lines": (
+        "lines",
+        {"x": "depth", "y": "accuracy (%)", "hue": "model", "style": "split", "log_x": True},
+    ),
+    "dots": (
+        "dots",
+        {"x": "accuracy (%)", "y": "network", "hue": "recipe", "marks": {"target": {"a": 85.0}}},
+    ),
+    "against": (
+        "prices",
+        {"prices": ["parameters", "seconds"], "y": "accuracy (%)", "hue": "model"},
+    ),
+    "layers": ("layers", {"panel": "when", "hue": "model", "y": "norm"}),
+    "reliability_diagram": ("bins", {"hue": "model"}),
+}
+
+
+def draw(name, table=None, **changes):
+    """The figure of this name, of its table above or of another."""
+    source, arguments = ARGUMENTS[name]
+    table = results()[source] if table is None else table
+    return getattr(plots, name)(table, title="T", **{**arguments, **changes})
 
 
 def make_figures():
     images = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 4), dtype=np.uint8)
-    table = pd.DataFrame(
+    cells = pd.DataFrame(
         [[1.0, 2.0], [3.0, 4.0]],
         index=pd.Index([1, 2], name="d"),
         columns=pd.Index([3, 4], name="w"),
     )
-    bins = {"confidence": [0.2, 0.9], "accuracy": [0.5, 0.9], "images": [3, 50]}
+    probs = np.full((7, 2), 0.5)
     return {
         "image_grid": plots.image_grid(images, ["a\nb"] * 7, title="T", columns=3),
-        "learning_curves": plots.learning_curves(
-            {"m": [history([0.5, 0.2]), history([0.4])]}, title="T", chance=0.1
-        ),
-        "heatmap": plots.heatmap(table, title="T", label="accuracy (%)"),
+        "mistakes": plots.mistakes(images, np.arange(7) % 2, probs, ["x", "y"], title="T"),
+        "heatmap": plots.heatmap(cells, title="T", label="accuracy (%)"),
         "confusion": plots.confusion(np.array([[5, 2], [0, 7]]), ["x", "y"], title="T"),
-        "reliability": plots.reliability({"m": bins}, title="T"),
-        "dots": plots.dots(
-            {"ours": {"a": (90.0, 1.0)}, "theirs": {"a": (80.0, 2.0), "b": (70.0, 0.0)}},
-            marks={"target": {"a": 85.0}},
-            title="T",
-            label="accuracy (%)",
-        ),
-        "lines": plots.lines(
-            {"m": {2: [90.0, 94.0], 40: [10.0]}, "n": {2: [80.0]}},
-            {"m": {2: [99.0, 97.0], 40: [11.0]}},
-            title="T",
-            x="depth",
-            y="accuracy (%)",
-            log_x=True,
-        ),
-        "against": plots.against(
-            {"parameters": {"a": 100.0, "b": 1e6}, "seconds": {"a": 2.0, "b": 1.0}},
-            {"a": (90.0, 1.0), "b": (95.0, 0.0)},
-            title="T",
-            y="accuracy (%)",
-        ),
-        "layers": plots.layers(
-            {"before": {"m": [1e-9, 0.0, 1.0]}, "after": {"m": [0.1, 1.0, 1e3]}},
-            title="T",
-            y="norm",
-        ),
+        **{name: draw(name) for name in ARGUMENTS},
     }
 
 
@@ -65,84 +94,180 @@ def figures():
     return make_figures()
 
 
+def shown(figure):
+    """All that is written in it."""
+    figure.canvas.draw()
+    return [text.get_text() for text in figure.findobj(Text) if text.get_visible()]
+
+
+def solid(axis):
+    return {line.get_label(): line for line in axis.get_lines() if line.get_linestyle() == "-"}
+
+
+def dotted(axis):
+    return [line for line in axis.get_lines() if line.get_linestyle() == ":"]
+
+
+def bands(axis):
+    return [band.get_datalim(axis.transData).get_points() for band in axis.collections]
+
+
 def test_every_figure_draws_within_ten_inches_and_is_not_left_open(figures):
+    assert set(figures) == {name for name in vars(plots) if callable_of_plots(name)}
     for figure in figures.values():
         figure.canvas.draw()
         assert 6 <= figure.get_size_inches()[0] <= 10
+        assert figure.dpi == 110
         assert figure.get_suptitle() == "T"
     assert plt.get_fignums() == []
 
 
-@pytest.mark.parametrize(
-    "name", ["learning_curves", "reliability", "dots", "confusion", "lines", "layers", "against"]
-)
+def callable_of_plots(name):
+    return getattr(getattr(plots, name), "__module__", None) == plots.__name__ and name[0] != "_"
+
+
+def test_a_long_title_is_broken_into_lines():
+    title = "Without skips, depth 20 no longer trains, whatever the learning rate is, in four ways"
+    figure = plots.heatmap(pd.DataFrame([[1.0]]), title=title, label="")
+    figure.canvas.draw()
+    (text,) = [text for text in figure.findobj(Text) if "Without" in text.get_text()]
+    assert text.get_window_extent().x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("name", [*ARGUMENTS, "confusion"])
 def test_axes_are_named(figures, name):
     axes = figures[name].axes[0]
     assert axes.get_xlabel()
     assert axes.get_ylabel() or name == "dots"
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("learning_curves", "val —   train ···   n = 1 to 2"),
+        ("lines", "test —   train ···   n = 1 to 2"),
+        ("dots", "mean ± deviation, n = 1 to 2"),
+        ("against", "mean ± deviation, n = 1 to 2"),
+    ],
+)
+def test_a_figure_says_of_how_many_measurements_it_is(figures, name, expected):
+    assert figures[name].axes[0].get_title(loc="left") == expected
+    key = "seed" if name == "learning_curves" else None
+    single = results()[ARGUMENTS[name][0]]
+    single = single[single[key] == 0] if key else single.drop_duplicates(single.columns[:2])
+    assert "n = 1" in draw(name, single).axes[0].get_title(loc="left")
+
+
 def test_learning_curves_show_the_mean_over_seeds_also_where_one_stopped_early(figures):
-    loss = figures["learning_curves"].axes[0]
-    val = next(line for line in loss.get_lines() if line.get_linestyle() == "-")
-    np.testing.assert_allclose(val.get_xydata(), [[1, 0.55], [2, 0.3]])
-    (band,) = (patch.get_datalim(loss.transData) for patch in loss.collections)
-    np.testing.assert_allclose(band.get_points(), [[1, 0.3], [2, 0.6]])
-    accuracy = figures["learning_curves"].axes[1]
-    val = next(line for line in accuracy.get_lines() if line.get_linestyle() == "-")
-    np.testing.assert_allclose(val.get_ydata(), [45.0, 70.0])
+    loss, accuracy = figures["learning_curves"].axes
+    np.testing.assert_allclose(solid(loss)["m"].get_xydata(), [[1, 0.55], [2, 0.3]])
+    np.testing.assert_allclose(bands(loss)[0], [[1, 0.3], [2, 0.6]])
+    np.testing.assert_allclose(solid(accuracy)["m"].get_ydata(), [0.45, 0.7])
+    assert "60" in shown(figures["learning_curves"])
+    np.testing.assert_allclose(dotted(loss)[0].get_ydata(), [0.45, 0.2])
+    assert len(bands(loss)) == 2  # none around the training loss
 
 
 def test_the_confusion_matrix_prints_its_counts_and_leaves_zeros_blank(figures):
-    shown = sorted(text.get_text() for text in figures["confusion"].axes[0].texts)
-    assert [text for text in shown if text] == ["2", "5", "7"]
+    texts = sorted(text.get_text() for text in figures["confusion"].axes[0].texts)
+    assert [text for text in texts if text] == ["2", "5", "7"]
 
 
 def test_reliability_leaves_out_bins_that_say_nothing(figures):
-    line = figures["reliability"].axes[0].get_lines()[-1]
-    np.testing.assert_allclose(line.get_xdata(), [0.9])
+    line = solid(figures["reliability_diagram"].axes[0])["m"]
+    np.testing.assert_allclose(line.get_xydata(), [[90, 90]])
 
 
-def test_dots_stand_at_the_means_with_models_in_order(figures):
+def test_dots_stand_at_the_means_with_deviations_and_categories_in_order(figures):
     axis = figures["dots"].axes[0]
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "b"]
-    means = [container.lines[0].get_xdata().tolist() for container in axis.containers]
-    assert means == [[90.0], [80.0, 70.0]]
+    ours, theirs = axis.containers
+    np.testing.assert_allclose(ours.lines[0].get_xdata(orig=False), [90.0, np.nan])
+    np.testing.assert_allclose(theirs.lines[0].get_xdata(orig=False), [80.0, 70.0])
+    bar = ours.lines[2][0].get_segments()[0]
+    np.testing.assert_allclose(bar[:, 0], [90 - 2**0.5, 90 + 2**0.5])
+    assert [line.get_label() for line in axis.get_lines()][:1] == ["target"]
+    np.testing.assert_allclose(axis.get_lines()[0].get_xdata(), [85.0, np.nan])
+
+
+def test_marks_of_categories_that_the_table_lacks_are_left_out():
+    marks = {"published": {"c": 1.0}, "target": {"b": 2.0, "c": 3.0}}
+    axis = draw("dots", marks=marks).axes[0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "b"]
+    np.testing.assert_allclose(axis.get_lines()[1].get_xdata(), [np.nan, 2.0])
 
 
 def test_dots_of_a_model_have_the_colour_that_its_curves_have():
-    shown = plots.dots({"a": {"cat": (90.0, 1.0)}}, title="T", label="x", colors=[2])
-    (container,) = shown.axes[0].containers
-    assert container.lines[0].get_color() == plots.PALETTE[2]
+    containers = draw("dots", colors=[2, 3]).axes[0].containers
+    found = [bars.lines[0].get_color() for bars in containers]
+    assert found == [plots.PALETTE[2], plots.PALETTE[3]]
 
 
-def test_lines_go_through_the_means_with_a_tick_at_every_place(figures):
+def test_lines_go_through_the_means_with_a_tick_at_every_x(figures):
     axis = figures["lines"].axes[0]
-    found = {(line.get_linestyle(), line.get_label()): line for line in axis.get_lines()}
-    np.testing.assert_allclose(found["-", "m"].get_xydata(), [[2, 92.0], [40, 10.0]])
-    np.testing.assert_allclose(found["-", "n"].get_xydata(), [[2, 80.0]])
-    band = axis.collections[0].get_datalim(axis.transData)
-    np.testing.assert_allclose(band.get_points(), [[2, 10.0], [40, 94.0]])
-    dotted = next(line for line in axis.get_lines() if line.get_linestyle() == ":")
-    np.testing.assert_allclose(dotted.get_ydata(), [98.0, 11.0])
-    assert dotted.get_color() == found["-", "m"].get_color()
+    np.testing.assert_allclose(solid(axis)["m"].get_xydata(), [[2, 92.0], [40, 10.0]])
+    np.testing.assert_allclose(solid(axis)["n"].get_xydata(), [[2, 80.0]])
+    np.testing.assert_allclose(bands(axis)[0], [[2, 10.0], [40, 94.0]])
+    (train,) = dotted(axis)
+    np.testing.assert_allclose(train.get_ydata(), [98.0, 11.0])
+    assert train.get_color() == solid(axis)["m"].get_color()
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "40"]
 
 
-def test_results_stand_at_each_price_in_one_colour_a_model(figures):
-    found = [
-        {bar.get_label(): (*bar.lines[0].get_xydata()[0], bar.lines[0].get_color()) for bar in bars}
-        for bars in (axis.containers for axis in figures["against"].axes)
-    ]
-    assert {name: place[:2] for name, place in found[0].items()} == {
-        "a": (100.0, 90.0),
-        "b": (1e6, 95.0),
-    }
-    assert {name: place[0] for name, place in found[1].items()} == {"a": 2.0, "b": 1.0}
+def test_the_mean_is_the_arithmetic_one_on_a_logarithmic_axis_too():
+    line = solid(draw("lines", log_y=True).axes[0])["m"]
+    np.testing.assert_allclose(line.get_ydata(), [92.0, 10.0])
+
+
+def names_beside(figure):
+    return [text.get_text() for text in figure.axes[-1].texts]
+
+
+def apart(count, gap=10.0, last=5):
+    """Level lines, one above the other; the first may end before the others."""
+    rows = [(f"m{i}", x, gap * i) for i in range(count) for x in range(1, 6) if i or x <= last]
+    return pd.DataFrame(rows, columns=["model", "depth", "accuracy (%)"])
+
+
+@pytest.mark.parametrize(
+    ("table", "beside"),
+    [
+        (apart(2), True),
+        (apart(5), True),
+        (apart(6), False),  # too many
+        (apart(3, gap=1e-3), True),
+        (
+            pd.concat([apart(2), apart(3).query("model == 'm2'").assign(**{"accuracy (%)": 10.1})]),
+            False,
+        ),
+        (apart(2, gap=0.0, last=3), False),  # the name would lie on the other line
+    ],
+)
+def test_at_most_five_lines_are_named_where_they_end_if_the_names_do_not_collide(table, beside):
+    figure = draw("lines", table, style=None)
+    names = list(table.model.unique())
+    legend = figure.axes[0].get_legend()
+    assert names_beside(figure) == (names if beside else [])
+    assert (legend is None) == beside
+    if not beside:
+        assert [text.get_text() for text in legend.get_texts()] == names
+
+
+def test_results_stand_at_each_mean_price_in_one_colour_a_model(figures):
+    wide, narrow = figures["against"].axes
+    first, second = (
+        {bars.lines[0].get_label(): bars.lines[0] for bars in axis.containers}
+        for axis in (wide, narrow)
+    )
+    assert first["a"].get_xydata().tolist() == [[100.0, 90.0]]
+    assert first["b"].get_xydata().tolist() == [[1e6, 95.0]]
+    assert {name: dot.get_xdata()[0] for name, dot in second.items()} == {"a": 2.0, "b": 1.0}
     for name in "ab":
-        assert found[0][name][2] == found[1][name][2]
-    first, second = figures["against"].axes
-    assert first.get_ylim() == second.get_ylim()
+        assert first[name].get_color() == second[name].get_color()
+    (bar,) = wide.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(bar[:, 1], [90 - 2**0.5, 90 + 2**0.5])
+    assert wide.get_ylim() == narrow.get_ylim()
+    assert names_beside(figures["against"]) == ["a", "b"]
 
 
 def test_prices_are_short_and_there_are_enough_of_them(figures):
@@ -152,6 +277,15 @@ def test_prices_are_short_and_there_are_enough_of_them(figures):
     )
     assert {"100", "10 k", "1 M"} <= set(wide)
     assert {"1", "2"} <= set(narrow)
+
+
+@pytest.mark.parametrize("highest", [1.0, 2.0, 3.3, 8.0, 15.0, 33.0, 120.0, 900.0, 1e4, 1e7])
+def test_a_logarithmic_axis_has_enough_ticks_to_read_it_and_not_too_many(highest):
+    table = pd.DataFrame({"model": ["a", "b"], "price": [0.9, 0.9 * highest], "y": [1.0, 2.0]})
+    axis = plots.against(table, prices=["price"], y="y", hue="model", title="").axes[0]
+    low, high = axis.get_xlim()
+    seen = [tick for tick in axis.get_xticks() if low <= tick <= high]
+    assert 2 <= len(seen) <= 8
 
 
 def test_long_class_names_below_a_confusion_matrix_do_not_overlap():
@@ -171,24 +305,96 @@ def test_a_confusion_matrix_of_many_classes_has_neither_numbers_nor_names():
     assert not [*axis.texts, *axis.get_xticklabels(), *axis.get_yticklabels()]
 
 
-@pytest.mark.parametrize("highest", [1.0, 2.0, 3.3, 8.0, 15.0, 33.0, 120.0, 900.0, 1e4, 1e7])
-def test_a_logarithmic_axis_has_enough_ticks_to_read_it_and_not_too_many(highest):
-    prices = {"price": {"a": 0.9, "b": 0.9 * highest}}
-    figure = plots.against(prices, {"a": (1.0, 0.0), "b": (2.0, 0.0)}, title="", y="")
-    (axis,) = figure.axes
-    low, high = axis.get_xlim()
-    seen = [tick for tick in axis.get_xticks() if low <= tick <= high]
-    assert 2 <= len(seen) <= 8
-
-
 def test_layers_share_a_scale_and_leave_a_gap_where_nothing_arrives(figures):
     first, second = figures["layers"].axes
-    np.testing.assert_allclose(first.get_lines()[0].get_ydata(), [1e-9, np.nan, 1.0])
+    np.testing.assert_allclose(solid(first)["m"].get_xydata(), [[1, 1e-9], [2, np.nan], [3, 1.0]])
+    np.testing.assert_allclose(solid(first)["n"].get_xydata(), [[1, 2.0], [2, 3.0]])
     low, high = first.get_ylim()
     assert (low, high) == second.get_ylim()
     assert low <= 1e-9
     assert high >= 1e3
     assert [axis.get_title(loc="left") for axis in (first, second)] == ["before", "after"]
+
+
+def case(kind):
+    """Ten images, five of them taken for something else with growing confidence."""
+    images = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
+    labels, preds = np.zeros(10, dtype=np.int64), np.arange(10) % 2 * (1 + np.arange(10) % 3 // 2)
+    probs = np.full((10, 3), 0.0)
+    probs[np.arange(10), preds] = 0.5 + np.arange(10) / 20
+    return [kind(array) for array in (images, labels, probs)], preds
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_the_surest_mistakes_come_first(kind):
+    arrays, preds = case(kind)
+    figure = plots.mistakes(*arrays, ["cat", "dog", "$x$"], count=3)
+    drawn = [axis for axis in figure.axes if axis.images]
+    assert [int(axis.images[0].get_array().mean()) for axis in drawn] == [9, 7, 5]
+    names = ["cat", "dog", "$x$"]
+    expected = [f"{names[preds[i]]}?\nno, cat\n{50 + 5 * i} % sure" for i in (9, 7, 5)]
+    assert [axis.get_title() for axis in drawn] == expected
+
+
+def test_a_network_without_mistakes_gets_a_figure_that_says_so():
+    images, _, probs = case(np.asarray)[0]
+    figure = plots.mistakes(images, probs.argmax(axis=1), probs, ["cat", "dog", "bird"])
+    assert "No mistake among 10 images." in shown(figure)
+    assert not [axis for axis in figure.axes if axis.images]
+
+
+NAMES = ["$x$", "$\\frac$", "a_b^c $ 5"]  # the second is a formula that matplotlib cannot read
+
+
+def test_names_are_drawn_to_the_letter_though_they_look_like_formulas():
+    table = results()
+    figures = [
+        plots.image_grid(np.zeros((3, 1, 2, 2), np.uint8), NAMES, title=NAMES[1]),
+        plots.confusion(np.eye(3, dtype=int), NAMES, title=NAMES[1]),
+        plots.heatmap(pd.DataFrame([[1.0] * 3], columns=NAMES, index=["$y$"]), title="", label="$"),
+    ]
+    for name, (source, arguments) in ARGUMENTS.items():
+        labels = [arguments[key] for key in ("hue", "y", "panel") if key in arguments]
+        renamed = table[source].copy()
+        for column in labels:
+            if not pd.api.types.is_numeric_dtype(renamed[column]):
+                known = dict(zip(renamed[column].unique(), NAMES))
+                renamed[column] = renamed[column].map(known)
+        marks = {"marks": {NAMES[2]: {NAMES[0]: 1.0}}} if name == "dots" else {}
+        figures.append(draw(name, renamed, **marks))
+    for figure in figures:
+        texts = shown(figure)  # a formula that cannot be read would raise here
+        assert NAMES[0] in texts
+        for text in figure.findobj(Text):
+            if "$" in text.get_text():
+                assert not text.get_parse_math()
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_missing_an_empty_and_an_unnamed_column_are_named(name):
+    table, hue = results()[ARGUMENTS[name][0]], ARGUMENTS[name][1]["hue"]
+    with pytest.raises(ValueError, match=rf"The table has no column '{hue}'\. It has: "):
+        draw(name, table.drop(columns=hue))
+    with pytest.raises(ValueError, match=r"Column '.*' has no rows"):
+        draw(name, table.head(0))
+    table[hue] = table[hue].where(table[hue] != table[hue].iloc[0])
+    with pytest.raises(ValueError, match=rf"Column '{hue}' .* rows without a name"):
+        draw(name, table)
+
+
+@pytest.mark.parametrize(
+    ("share", "value"), [("some", np.inf), ("some", np.nan), ("all", np.nan), ("all", 0.0)]
+)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_numbers_that_cannot_be_drawn_do_not_end_a_notebook(name, share, value):
+    table = results()[ARGUMENTS[name][0]]
+    for column in table.columns.difference(["epoch", "depth", "seed", "layer"]):
+        if pd.api.types.is_numeric_dtype(table[column]):
+            table[column] = table[column].astype(float)
+            table.iloc[slice(1 if share == "some" else None), table.columns.get_loc(column)] = value
+    draw(name, table).canvas.draw()
+    if name == "lines":
+        draw(name, table, log_y=True).canvas.draw()
 
 
 def test_the_house_style_stays_inside_the_figures():
@@ -197,7 +403,8 @@ def test_the_house_style_stays_inside_the_figures():
     assert dict(plt.rcParams) == before
 
 
-def test_the_same_numbers_give_the_same_file(tmp_path):
-    for name in ("a.png", "b.png"):
-        plots.save(make_figures()["heatmap"], tmp_path / "new" / name)
-    assert (tmp_path / "new" / "a.png").read_bytes() == (tmp_path / "new" / "b.png").read_bytes()
+def test_the_same_numbers_give_the_same_file():
+    files = [io.BytesIO(), io.BytesIO()]
+    for file in files:
+        draw("lines").savefig(file, metadata={"Software": None})
+    assert files[0].getvalue() == files[1].getvalue()

@@ -1,6 +1,7 @@
 """What a network looks like from inside: its layers, the size of signals and of gradients.
 
-Hooks live in a context manager: whatever happens, the model is left as it was.
+A layer is a module without children. Hooks live in a context manager: whatever happens, the model
+is left as it was.
 """
 
 from __future__ import annotations
@@ -21,16 +22,10 @@ from ..models.registry import evaluating, in_mode
 if TYPE_CHECKING:
     import pandas as pd
 
-Batch = tuple[Tensor, Tensor]
-
 
 @contextmanager
 def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """Call back after every layer while the block runs; no hook outlives it.
-
-    A layer is a module without children. after: gets its name, itself and its output; for a layer
-    that is used twice it is called twice.
-    """
+    """Call `after` with each layer's name, itself and its output, whenever it has run."""
     names = {layer: name for name, layer in model.named_modules() if not list(layer.children())}
 
     def hook(layer: nn.Module, _: tuple, output: Tensor) -> None:
@@ -43,11 +38,8 @@ def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) 
 
 
 @contextmanager
-def _rehearsal(model: nn.Module) -> Iterator[None]:
-    """The model as a training step runs it, and afterwards as if it had not run.
-
-    Modes, buffers (the statistics of batch norm) and the random state come back.
-    """
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode; then modes, buffers (statistics of batch norm), random state as before."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices), in_mode(model, training=True):
@@ -58,19 +50,16 @@ def _rehearsal(model: nn.Module) -> Iterator[None]:
                 buffer.data.copy_(buffers[name])
 
 
-def gradient_norms(model: nn.Module, batch: Batch) -> pd.DataFrame:
+def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
     """Euclidean norm of the loss's gradient in each layer that has parameters to train.
 
     batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device. The loss is
     their mean cross-entropy.
-    Columns: kind; parameters, the norm over all of the layer's own; output, that of the gradient
-    with respect to what the layer gives on. Rows in the order in which the layers run.
-    The network runs as in a training step. It is left without hooks, with the gradients, the mode,
-    the statistics of batch norm and the random state that it had.
+    Columns: kind; parameters, the norm over all of the layer's own; output, the norm of the
+    gradient with respect to the layer's output. Rows in the order in which the layers run.
+    The network runs as in a training step and is left as it was, its gradients too.
     Raises ValueError if nothing can be trained.
     """
-    import pandas as pd
-
     owned = {
         name: parameters
         for name, layer in model.named_modules()
@@ -78,40 +67,39 @@ def gradient_norms(model: nn.Module, batch: Batch) -> pd.DataFrame:
     }
     if not owned:
         raise ValueError("gradient_norms: the model has no parameter that requires a gradient.")
-    kinds: dict[str, str] = {}
-    outputs: dict[str, float] = {}
+    rows: dict[str, dict] = {}
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
         if name in owned:
-            kinds[name] = type(layer).__name__
+            row = rows[name] = {"kind": type(layer).__name__, "parameters": 0.0, "output": 0.0}
             # A hook on the tensor still sees its gradient if the next layer works in place.
-            output.register_hook(lambda grad: outputs.update({name: _norm([grad])}))
+            output.register_hook(lambda grad: row.update(output=_norm([grad])))
 
     images, labels = batch
-    with _rehearsal(model), torch.enable_grad():
+    with _as_in_training(model), torch.enable_grad():
         with observed(model, after):
             loss = F.cross_entropy(model(images), labels)
-        flat = [p for name in kinds for p in owned[name]]
+        flat = [p for name in rows for p in owned[name]]
         grads = dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True)))
-    rows = {
-        name: {
-            "kind": kind,
-            "parameters": _norm([grads[p] for p in owned[name]]),
-            "output": outputs.get(name, 0.0),
-        }
-        for name, kind in kinds.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+    for name, row in rows.items():
+        row["parameters"] = _norm([grads[p] for p in owned[name]])
+    return _table([{"layer": name, **row} for name, row in rows.items()])
 
 
 def _norm(grads: Sequence[Tensor]) -> float:
-    """Their norm together; in float64, where the square of what hardly arrives is not yet 0."""
+    """Their norm together; in float64, where the square of a tiny gradient is not yet 0."""
     flat = torch.cat([grad.detach().flatten().cpu() for grad in grads])
     return float(flat.double().norm())
 
 
-def activation_stats(model: nn.Module, batch: Batch) -> pd.DataFrame:
-    """Statistics of what each layer gives on: one row a layer, in the order in which they run.
+def _table(rows: Sequence[dict]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows).set_index("layer")
+
+
+def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
+    """Statistics of each layer's output, in the order in which the layers run.
 
     batch: as for gradient_norms; the labels are not used.
     Columns: kind; mean and rms (root mean square) over all values of the batch; spread, the rms of
@@ -119,13 +107,12 @@ def activation_stats(model: nn.Module, batch: Batch) -> pd.DataFrame:
     zeros, the share that is exactly 0. For a layer that is used twice, its last use.
     The network runs as in a training step and is left as it was.
     """
-    import pandas as pd
-
     rows: dict[str, dict] = {}
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
         values = output.float()
         rows[name] = {
+            "layer": name,
             "kind": type(layer).__name__,
             "mean": float(values.mean()),
             "rms": float(values.square().mean().sqrt()),
@@ -133,68 +120,45 @@ def activation_stats(model: nn.Module, batch: Batch) -> pd.DataFrame:
             "zeros": float((values == 0).float().mean()),
         }
 
-    with _rehearsal(model), torch.no_grad(), observed(model, after):
+    with _as_in_training(model), torch.no_grad(), observed(model, after):
         model(batch[0])
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+    return _table(list(rows.values()))
 
 
 def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     """One row a layer: its kind, output shape, parameters, and FLOPs of one forward pass.
 
     input_size: shape of one input without the batch dimension, (C, H, W) or (F,).
-    A layer is a module without children; one that is used twice has two rows, its parameters in the
-    first. FLOPs count a multiplication and an addition as two, as torch's counter does. The last
-    row is the sum.
-    The model is left as it was: no hooks, no gradients, the same mode.
+    A layer that is used twice has two rows, its parameters in the first. A multiplication and an
+    addition are two FLOPs, as torch counts. The last row is the sum. The model is left as it was.
     Raises ValueError if the model cannot take such an input.
     """
-    import pandas as pd
-
-    rows: list[dict] = []
-    seen: set[int] = set()
+    rows, seen = [], set()
     counter = FlopCounterMode(display=False)
-    spent: dict[nn.Module, int] = {}
+    flops_before: dict[nn.Module, int] = {}
 
     def before(layer: nn.Module, _: tuple) -> None:
-        spent[layer] = counter.get_total_flops()
+        flops_before[layer] = counter.get_total_flops()
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
-        own = [p for p in layer.parameters() if id(p) not in seen]
-        seen.update(id(p) for p in own)
-        rows.append(
-            {
-                "layer": name or type(layer).__name__,
-                "kind": type(layer).__name__,
-                "output": _sizes(output),
-                "parameters": sum(p.numel() for p in own),
-                "FLOPs": counter.get_total_flops() - spent[layer],
-            }
-        )
+        row = {"layer": name or type(layer).__name__, "kind": type(layer).__name__}
+        row["output"] = "x".join(str(size) for size in output.shape[1:])
+        row["parameters"] = sum(p.numel() for p in layer.parameters() if p not in seen)
+        row["FLOPs"] = counter.get_total_flops() - flops_before[layer]
+        rows.append(row)
+        seen.update(layer.parameters())
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters()), "cpu")
     try:
-        with (
-            register_module_forward_pre_hook(before),
-            observed(model, after),
-            evaluating(model),
-            torch.no_grad(),
-            counter,
-        ):
+        hook = register_module_forward_pre_hook(before)
+        with hook, observed(model, after), evaluating(model), torch.no_grad(), counter:
             output = model(torch.zeros(1, *input_size, device=device))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
             f"summary: input_size = {input_size!r} does not fit the model "
             f"({first_line(error)}). Give the shape of one input, data.image_shape."
         ) from error
-    total = {
-        "layer": "total",
-        "kind": type(model).__name__,
-        "output": _sizes(output),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "FLOPs": counter.get_total_flops(),
-    }
-    return pd.DataFrame([*rows, total]).set_index("layer")
-
-
-def _sizes(output: Tensor) -> str:
-    return "x".join(str(size) for size in output.shape[1:])
+    seen.clear()
+    flops_before[model] = 0
+    after("total", model, output)  # the model is a row like its layers, of all parameters and FLOPs
+    return _table(rows)

@@ -46,18 +46,11 @@ class Metrics:
 
 
 def evaluate(
-    model: nn.Module,
-    split: Split,
-    *,
-    batch_size: int = 1024,
-    top_k: int = 5,
-    precision: str = "float32",
-    tta: bool = False,
+    model: nn.Module, split: Split, *, batch_size=1024, top_k=5, precision="float32", tta=False
 ) -> Metrics:
     """Score a classifier on one split.
 
-    split: images uint8 [N, C, H, W], labels int64 [N], on any device.
-    precision, tta: as for predict.
+    split: images uint8 [N, C, H, W], labels int64 [N], on any device. precision, tta: see predict.
     Returns Metrics; loss is mean cross-entropy in nats, accuracies are fractions in [0, 1].
     Raises ValueError if the split is empty or the model's output is not [N, num_classes].
     """
@@ -67,19 +60,13 @@ def evaluate(
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
-    split: Split,
-    *,
-    batch_size: int = 1024,
-    precision: str = "float32",
-    tta: bool = False,
+    model: nn.Module, split: Split, *, batch_size=1024, precision="float32", tta=False
 ) -> Tensor:
     """Logits float32 [N, num_classes] on the device of the split; the model's mode is kept.
 
     precision: as in TrainConfig; float32 also where bf16 would be emulated.
     tta: test-time augmentation, the mean of the logits of each image and of its mirror image.
-    Raises ValueError if the split is empty, the model's output is not [N, num_classes] or the
-    precision is none.
+    Raises ValueError if the split is empty, precision unknown or the output not [N, num_classes].
     """
     if not len(split):
         raise ValueError("evaluate: the split is empty. Give one with at least one image.")
@@ -100,9 +87,7 @@ def predict(
     return torch.cat(batches).float().to(split.images.device)
 
 
-def loss_and_accuracy(
-    model: nn.Module, split: Split, *, precision: str = "float32"
-) -> tuple[float, float]:
+def loss_and_accuracy(model: nn.Module, split: Split, *, precision="float32") -> tuple:
     """Mean cross-entropy in nats and the fraction of hits: what training looks at every epoch."""
     logits = predict(model, split, precision=precision)
     hits = (logits.argmax(dim=1) == split.labels).float().mean()
@@ -110,10 +95,7 @@ def loss_and_accuracy(
 
 
 def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
-    """Metrics from logits float [N, num_classes] and labels int64 [N].
-
-    Raises ValueError if shapes disagree or a label has no column.
-    """
+    """Metrics of logits float [N, num_classes], labels int64 [N]; ValueError if these disagree."""
     from scipy.stats import binomtest
     from torchmetrics.functional import classification as tm
 

@@ -45,6 +45,14 @@ def test_a_layer_that_is_used_twice_is_counted_once_and_works_twice():
     assert list(table.loc["total", ["parameters", "FLOPs"]]) == [42, 144]
 
 
+def test_a_layer_that_two_blocks_share_does_its_own_work_in_each():
+    shared = nn.Linear(6, 6)
+    table = lab.summary(
+        nn.Sequential(nn.Sequential(shared), nn.Sequential(nn.ReLU(), shared)), (6,)
+    )
+    assert list(table.FLOPs[table.kind == "Linear"]) == [72, 72]
+
+
 def test_tied_weights_of_two_layers_are_counted_once():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     model[1].weight = model[0].weight

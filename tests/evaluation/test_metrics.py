@@ -102,7 +102,9 @@ def test_the_interval_is_wilsons(hits, misses):
     middle, denominator = p + z * z / (2 * n), 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     expected = max(0, (middle - half) / denominator), min(1, (middle + half) / denominator)
-    assert metrics_from_logits(logits, labels).accuracy_interval == pytest.approx(expected, abs=1e-9)
+    assert metrics_from_logits(logits, labels).accuracy_interval == pytest.approx(
+        expected, abs=1e-9
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -123,7 +125,9 @@ def test_full_confidence_is_in_the_last_bin_for_calibration_too():
     logits, labels = torch.tensor([[100.0, 0.0], [3.0, 0.0]]), torch.tensor([1, 0])
     sure = 1 / (1 + math.exp(-3))
     expected = abs((1 + sure) / 2 - 0.5)
-    assert metrics_from_logits(logits, labels).calibration_error == pytest.approx(expected, abs=1e-6)
+    assert metrics_from_logits(logits, labels).calibration_error == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
