@@ -119,22 +119,27 @@ class Claims:
         self.rows[claim] = {"claim": claim, "evidence": evidence, "verdict": verdict}
         self._new.append(claim)
 
-    def above(self, claim: str, more: Any, less: Any, *, by: float = 0.0) -> None:
-        """Claim that one score lies above another by more than `by` points.
+    def above(
+        self, claim: str, more: Any, less: Any, *, by: float = 0.0, unit: str = "points"
+    ) -> None:
+        """Claim that one score lies above another by more than `by`.
 
         more, less: Scores, or numbers for each seed (Series) such as a difference of two Scores.
+        unit: of these numbers.
         """
-        low, high, evidence = _compare(more, less)
+        low, high, evidence = _compare(more, less, unit)
         verdict = True if low > by else False if high < by else None
         self.add(claim, verdict, evidence)
 
-    def below(self, claim: str, less: Any, more: Any, *, by: float = 0.0) -> None:
-        """Claim that one score lies below another by more than `by` points, see above."""
-        self.above(claim, more, less, by=by)
+    def below(
+        self, claim: str, less: Any, more: Any, *, by: float = 0.0, unit: str = "points"
+    ) -> None:
+        """Claim that one score lies below another by more than `by`; arguments as for above."""
+        self.above(claim, more, less, by=by, unit=unit)
 
     def close(self, claim: str, one: Any, other: Any, *, within: float) -> None:
-        """Claim that two scores differ by less than `within` points, see above."""
-        low, high, evidence = _compare(one, other)
+        """Claim that two scores differ by less than `within` points; arguments as for above."""
+        low, high, evidence = _compare(one, other, "points")
         apart = low > within or high < -within
         self.add(claim, False if apart else True if max(-low, high) < within else None, evidence)
 
@@ -200,16 +205,16 @@ class Claims:
         }
 
 
-def _compare(one: Any, other: Any) -> tuple[float, float, str]:
-    """The 95 % interval of the mean difference in points, infinite if unknown, and the evidence."""
+def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
+    """The 95 % interval of the mean difference, infinite if unknown, and the evidence."""
     first, second = (side.values() if isinstance(side, Score) else side for side in (one, other))
     apart = (first - second).dropna()
-    evidence = f"{mean_std(first)} against {mean_std(second)}"
+    evidence = f"{mean_std(first)} against {mean_std(second)} {unit}"
     if len(apart) > 2:
         from scipy import stats
 
         width = stats.t.ppf(0.975, len(apart) - 1) * apart.std() / math.sqrt(len(apart))
-        evidence = f"{evidence}: by {mean_std(apart)}, n = {len(apart)}"
+        evidence = f"{evidence}: by {mean_std(apart)} {unit}, n = {len(apart)}"
         return apart.mean() - width, apart.mean() + width, evidence
     if isinstance(one, Score) and isinstance(other, Score) and len(apart):
         try:
