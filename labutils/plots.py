@@ -2,8 +2,7 @@
 
 A long table has one row a measurement. Its column `hue` says what is compared, models for example:
 each gets a colour of PALETTE, in order of appearance. Rows of several seeds are drawn as their mean
-and spread, and counted as n. NaN and infinite numbers are not drawn.
-Figures are closed before they are returned: a notebook shows the one that a cell ends with, once.
+and spread, and counted as n; NaN is left out. Figures are closed: a notebook shows them once.
 """
 
 from __future__ import annotations
@@ -193,12 +192,13 @@ def dots(
     """One row a category y, one colour a hue: mean of x ± standard deviation of the sample.
 
     marks: name -> category -> value, drawn as grey diamonds, then bars; categories that the table
-    lacks are left out. colors: the hues' places in PALETTE, by default none of a model.
+    lacks are left out. colors: the hues' places in PALETTE; by default not those of models.
     """
     table, hues = _checked(table, [x], hue, y)
     rows = list(table[y].unique())
     figure, (axis,) = _figure(title, 8.0, 1.5 + 0.55 * len(rows))
-    for (name, values), shape in zip((marks or {}).items(), cycle("D|")):
+    marks = {name: values for name, values in (marks or {}).items() if len(values)}
+    for (name, values), shape in zip(marks.items(), cycle("D|")):
         marked = Series(values, dtype=float).reindex(rows)
         axis.plot(marked, range(len(rows)), shape, ms=8, mfc="none", color=GREY, label=name)
     for i, (name, color) in enumerate(zip(hues, cycle(colors or (7, 9, 4, 8, 6, 5)))):

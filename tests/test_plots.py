@@ -197,6 +197,12 @@ def test_marks_of_categories_that_the_table_lacks_are_left_out():
     np.testing.assert_allclose(axis.get_lines()[1].get_xdata(), [np.nan, 2.0])
 
 
+def test_marks_that_nobody_has_are_not_in_the_legend():
+    axis = draw("dots", marks={"published": {}, "target": {"a": 1.0}}).axes[0]
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["target", "ours", "theirs"]
+
+
 def test_dots_of_a_model_have_the_colour_that_its_curves_have():
     containers = draw("dots", colors=[2, 3]).axes[0].containers
     found = [bars.lines[0].get_color() for bars in containers]
