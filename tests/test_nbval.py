@@ -85,6 +85,26 @@ CASES = {
         ),
         "words differ",
     ),
+    "verdict tipped": (
+        stored_tables(
+            ("DataFrame({'verdict': ['? not settled']})", "DataFrame({'verdict': ['✔ holds']})"),
+            ("DataFrame({'verdict': ['✘ fails']})", "DataFrame({'verdict': ['? not settled']})"),
+        ),
+        "",
+    ),
+    "verdict turned": (
+        stored_tables(
+            ("DataFrame({'verdict': ['✘ fails']})", "DataFrame({'verdict': ['✔ holds']})")
+        ),
+        "words differ",
+    ),
+    "single run": (
+        stored(
+            "print('60.1 (n = 1) against 51.0 (n = 1) points')",
+            "61.2 (n = 1) against 50.1 (n = 1) points\n",
+        ),
+        "",
+    ),
     "version text changed": (stored("print('v2.1.3')", "v2.1.4\n"), "words differ"),
     "time masked": (stored("print('took 9.7 s')", "took 0.4 s\n"), ""),
     "at the end of a sentence": (stored("print('It is 97.5.')", "It is 97.0.\n"), ""),
