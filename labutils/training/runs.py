@@ -353,7 +353,7 @@ def _stored_weights(run: Run, half: bool) -> bytes:
     """The file of a run's weights; half: with float16 in place of float32."""
     from safetensors.torch import load, save
 
-    if not run.weights.exists():
+    if not run.weights.exists() or _read_run(run.path)[0].info != run.info:
         raise RunError(
             f"{run.name}: {run.weights} is gone; another run of the same settings has replaced "
             "it. Give every run settings of its own, a seed for example."
