@@ -88,7 +88,7 @@ def _try(name: str, call: Callable[..., Any], *args: Any) -> list[Any]:
     try:
         return [_start(call, *args).result(PATIENCE)]
     # Whatever goes wrong in a remote service, the training it only watches must go on.
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         reason = first_line(error)
         if isinstance(error, TimeoutError):
             reason = f"no answer in {PATIENCE:g} s"
@@ -107,8 +107,8 @@ def _start(call: Callable[..., Any], *args: Any) -> Future:
     def work() -> None:
         try:
             future.set_result(call(*args))
-        except BaseException as error:  # whoever waits for the result gets it
-            future.set_exception(error)
+        except BaseException as error:
+            future.set_exception(RuntimeError(first_line(error)))
 
     Thread(target=work, daemon=True).start()
     return future

@@ -20,7 +20,15 @@ import labutils as lab
 from labutils.evaluation.metrics import evaluate
 from labutils.training import runs
 from labutils.training.key import run_key
-from labutils.training.runs import RunError, find, finish, load_weights, open_part, publish, save_weights
+from labutils.training.runs import (
+    RunError,
+    find,
+    finish,
+    load_weights,
+    open_part,
+    publish,
+    save_weights,
+)
 
 CONFIG = lab.TrainConfig(epochs=2, batch_size=16)
 
@@ -196,9 +204,10 @@ def test_metrics_are_measured_once_and_stored(run, data, monkeypatch):
     assert run.test(data) is metrics
     found = find(run.key, make_model())
     assert found.test(data) == metrics
-    assert asdict(metrics) | {"accuracy_interval": list(metrics.accuracy_interval)} == card_of(
-        run.path / "card.json"
-    )["test"]
+    assert (
+        asdict(metrics) | {"accuracy_interval": list(metrics.accuracy_interval)}
+        == card_of(run.path / "card.json")["test"]
+    )
 
 
 def test_metrics_on_other_data_are_refused(run, data):
@@ -449,14 +458,14 @@ def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
         card.write_bytes(before)
     shutil.copy(card, card.with_name(f"copy-{run.key}.json"))
     card.unlink()
-    with pytest.raises(RunError, match="is damaged .*card of run-"):
+    with pytest.raises(RunError, match=r"is damaged .*card of run-"):
         find(run.key, make_model())
 
 
 def test_a_name_does_not_lead_a_publication_out_of_its_folder(run, tmp_path):
     for name, key in (("../../run", run.key), ("a/b", run.key), ("run", "0123456789ab")):
         run.name, run.key = name, key
-        with pytest.raises(RunError, match="not published, since the key .* or its name"):
+        with pytest.raises(RunError, match=r"not published, since the key .* or its name"):
             publish(run, weights=True, command="")
     assert not (tmp_path / "models").exists()
 
