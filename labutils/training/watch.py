@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from ..base.settings import first_line
 
-KINDS = ("wandb", "tensorboard")
 PATIENCE = 60.0  # seconds that a mirror may take for one call
 
 _wandb_offline = False  # set by the first failure, so that a sweep waits and warns only once
@@ -44,26 +43,22 @@ def open_mirrors(
 
     track: 'auto' is W&B when it is installed and WANDB_MODE is set or a login is stored, and
         nothing otherwise; a list of 'wandb' and 'tensorboard' asks for them by name; None or [] is
-        nothing.
-    W&B asked for without a login, or out of reach, falls back to its offline mode with one warning.
+        nothing. W&B without a login, or out of reach, records offline, with one warning.
     Raises ValueError for another name, ModuleNotFoundError if the package is not installed.
     """
-    wanted = [track] if isinstance(track, str) else list(track or [])
     if track == "auto":
         asked = os.environ.get("WANDB_MODE") or _wandb_login()
-        wanted = ["wandb"] if asked and find_spec("wandb") else []
-    for kind in wanted:
-        if kind not in KINDS:
-            raise ValueError(
-                f"train: track = {track!r} names {kind!r}. "
-                f"Allowed: 'auto', None, or a list of {', '.join(KINDS)}."
-            )
-        if find_spec(kind) is None:
-            raise ModuleNotFoundError(
-                f"train: track names {kind!r}, which is not installed. Run: pip install {kind}"
-            )
-    starts = {"wandb": _wandb, "tensorboard": _tensorboard}
+        track = ["wandb"] if asked and find_spec("wandb") else []
     mirrors: list[Mirror] = []
+    starts = {"wandb": _wandb, "tensorboard": _tensorboard}
+    wanted = [track] if isinstance(track, str) else list(track or [])
+    for kind in wanted:
+        if kind not in starts:
+            allowed = f"'auto', None, or a list of {', '.join(starts)}"
+            raise ValueError(f"train: track = {track!r} names {kind!r}. Allowed: {allowed}.")
+        if find_spec(kind) is None:
+            missing = f"{kind!r}, which is not installed. Run: pip install {kind}"
+            raise ModuleNotFoundError(f"train: track names {missing}")
     for kind in wanted:
         mirrors += _try(kind, starts[kind], name, key, folder, settings)
     return mirrors
@@ -84,30 +79,27 @@ def close_mirrors(mirrors: list[Mirror], summary: dict[str, float]) -> None:
 
 
 def _try(name: str, call: Callable[..., Any], *args: Any) -> list[Any]:
-    """[what the call returns]; [] after a warning, if it fails or does not return in time."""
+    """[what the call returns], or [] after a warning if it fails or takes longer than PATIENCE."""
     try:
         return [_start(call, *args).result(PATIENCE)]
-    # Whatever goes wrong in a remote service, the training it only watches must go on.
     except Exception as error:
         reason = first_line(error)
         if isinstance(error, TimeoutError):
             reason = f"no answer in {PATIENCE:g} s"
             _end_wandb(patience=0)
-        warnings.warn(
-            f"{name} stopped recording ({reason}). The run goes on, and its folder holds it all.",
-            stacklevel=3,
-        )
+        problem = f"{name} stopped recording ({reason})"
+        warnings.warn(f"{problem}. The run goes on, and its folder holds it all.", stacklevel=3)
         return []
 
 
 def _start(call: Callable[..., Any], *args: Any) -> Future:
-    """Call in a thread that does not keep Python from ending. Returns the future result."""
+    """Call in a thread that Python does not wait for when it ends. Returns the future result."""
     future: Future = Future()
 
     def work() -> None:
         try:
             future.set_result(call(*args))
-        except BaseException as error:
+        except BaseException as error:  # a service fails in its own ways
             future.set_exception(RuntimeError(first_line(error)))
 
     Thread(target=work, daemon=True).start()
@@ -116,16 +108,15 @@ def _start(call: Callable[..., Any], *args: Any) -> Future:
 
 def _end_wandb(patience: float | None = None) -> None:
     """End W&B's service, by force if it hangs: Python would wait for it when it ends."""
-    if "wandb" not in sys.modules:
-        return
-    import psutil
+    if "wandb" in sys.modules:
+        import psutil
 
-    ended = _start(sys.modules["wandb"].teardown)
-    if not wait([ended], PATIENCE if patience is None else patience).done:
-        for process in psutil.Process().children(recursive=True):
-            if process.name() == "wandb-core":
-                process.kill()
-        wait([ended], 5)
+        ended = _start(sys.modules["wandb"].teardown)
+        if not wait([ended], PATIENCE if patience is None else patience).done:
+            for process in psutil.Process().children(recursive=True):
+                if process.name() == "wandb-core":
+                    process.kill()
+            wait([ended], PATIENCE)
 
 
 def _wandb_login() -> bool:
@@ -144,19 +135,10 @@ def _wandb(name: str, key: str, folder: Path, settings: dict) -> Mirror:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    def start(mode: str, run_id: str) -> Any:
-        return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "labutils"),
-            name=name,
-            # The key makes a resumed run continue its own record instead of opening another.
-            id=run_id,
-            resume="allow",
-            dir=str(folder),
-            config=settings,
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-        )
-
+    # The key makes a resumed run continue its own record instead of opening another.
+    options = {"name": name, "resume": "allow", "dir": str(folder), "config": settings}
+    options["project"] = os.environ.get("WANDB_PROJECT", "labutils")
+    options["settings"] = wandb.Settings(silent=True, console="off", init_timeout=30)
     mode = os.environ.get("WANDB_MODE") or "online"
     local = mode in ("offline", "dryrun", "disabled")
     run = trouble = None
@@ -165,21 +147,19 @@ def _wandb(name: str, key: str, folder: Path, settings: dict) -> Mirror:
         trouble = "no login found"
     elif local or not _wandb_offline:
         try:
-            run = start(mode, key)
-        except Exception as error:  # a service can fail in its own words
+            run = wandb.init(id=key, mode=mode, **options)
+        except Exception as error:
             trouble = f"it is out of reach ({first_line(error)})"
     # Another id, because W&B still holds the one whose start failed.
-    run = run or start("offline", f"{key}-offline")
-    # Before W&B's own, which waits for its service without end.
+    run = run or wandb.init(id=f"{key}-offline", mode="offline", **options)
+    # Registered last, it comes before W&B's own, which waits for the service without end.
     atexit.unregister(_end_wandb)
     atexit.register(_end_wandb)
     if trouble:
         _wandb_offline = True
-        warnings.warn(
-            f"W&B: {trouble}, so runs are recorded offline from now on, in a folder wandb inside "
-            "of each. To send them: `wandb login`, then `wandb sync` on that folder.",
-            stacklevel=2,
-        )
+        problem = f"W&B: {trouble}, so runs are recorded offline from now on, in a folder wandb"
+        remedy = "To send them: `wandb login`, then `wandb sync` on that folder."
+        warnings.warn(f"{problem} inside of each. {remedy}", stacklevel=2)
 
     def close(summary: dict[str, float]) -> None:
         run.summary.update(summary)
@@ -276,11 +256,8 @@ class Progress:
             self._bar.update(images)
 
     def epoch(self, row: dict[str, float], epochs: int) -> None:
-        self.note(
-            f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.4f} train "
-            f"{row['val_loss']:.4f} val, accuracy {100 * row['train_accuracy']:.2f} % train "
-            f"{100 * row['val_accuracy']:.2f} % val, {row['images_per_second']:,.0f} images/s"
-        )
+        scores = ", ".join(f"{name} {value:.6g}" for name, value in row.items())
+        self.note(f"{scores}; {epochs} epochs at most")
         if self._bar is not None:
             # Short, so that a line of 100 columns holds it beside the bar.
             scores = (
