@@ -68,7 +68,11 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
         reason = f"no key can tell what it computes ({first_line(error)})"
         warn(f"{type(model).__name__} is trained anew each time: {reason}")
         return spec, secrets.token_hex(6)
-    fresh = _fresh(spec, seed) if registered and not own_code else None
+    fresh = None
+    if registered and not own_code:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            fresh = registry.build(spec)
     if fresh is not None and described == _describe(fresh)[0] and frozen == _frozen(fresh):
         for name, drawn in fresh.state_dict().items():
             if state[name].dtype == drawn.dtype and state[name].equal(drawn.cpu()):
@@ -83,12 +87,6 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
         hasher.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         hasher.update(_content(value))
     return spec, hasher.hexdigest()[:12]
-
-
-def _fresh(spec: dict[str, Any], seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        return registry.build(spec)
 
 
 def _frozen(model: nn.Module) -> list[str]:
@@ -135,6 +133,10 @@ class _Describer(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> list[Any] | None:
         """What to write in place of a value; None for what pickle writes well."""
+        if isinstance(value, nn.Module | FunctionType | type):
+            if id(value) in self._seen:
+                return ["part", self._seen[id(value)][0]]
+            self._seen[id(value)] = len(self._seen), value
         match value:
             case Tensor():
                 return [type(value).__name__, value.dtype, value.shape, _content(value)]
@@ -153,20 +155,14 @@ class _Describer(pickle.Pickler):
                 return ["weak", value()]
             case ModuleType():
                 raise ValueError(f"it uses the module {value.__name__} in an unusual way")
-            case nn.Module() | FunctionType() | type() if id(value) in self._seen:
-                return ["part", self._seen[id(value)][0]]
             case nn.Module():
-                return self._once(value, self._module(value))
+                return self._module(value)
             case FunctionType() if not _installed(value) or "<locals>" in value.__qualname__:
-                return self._once(value, self._function(value))
+                return self._function(value)
             case type() if not _installed(value):
                 self.own_code = True
-                return self._once(value, [value.__qualname__, value.__bases__, _members(value)])
+                return [value.__qualname__, value.__bases__, _members(value)]
         return None
-
-    def _once(self, value: Any, parts: list[Any]) -> list[Any]:
-        self._seen[id(value)] = len(self._seen), value
-        return parts
 
     def _module(self, module: nn.Module) -> list[Any]:
         values = dict(vars(module))

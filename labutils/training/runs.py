@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,6 @@ from .watch import close_mirrors, open_mirrors, warn
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_SCORES = ("test", "test_flip")  # what Run.test measures, by the name it has in the card
 
 
 class RunError(RuntimeError):
@@ -159,13 +157,19 @@ def find(key: str, model: nn.Module) -> Run | None:
     """
     # A kill in the middle of finish leaves the older run as the only finished one.
     folders = _folders(key) or _folders(f"{key}.old")
-    path = next(iter(folders + _published(key)), None)
+    path = next(chain(folders, _published(key)), None)
     if path is None:
         return None
     try:
-        run, weights = _read_run(path)
-        if weights:
-            if weights != _file_digest(run.weights):
+        card = _read_card(path / "card.json" if path.is_dir() else path)
+        columns = card["history"]
+        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        run = Run(card["name"], key, card["info"], rows, path, stored=True)
+        for score in ("test", "test_flip"):
+            if card.get(score):
+                run._scores[score] = metrics.Metrics.from_json(card[score])
+        if card["weights"]:
+            if card["weights"] != _file_digest(run.weights):
                 raise ValueError(f"{run.weights.name} is not what was stored with the card")
             load_weights(model, run.weights)
             run.model = model
@@ -176,18 +180,6 @@ def find(key: str, model: nn.Module) -> Run | None:
             "Remove it, or call train with retrain=True to replace it."
         ) from error
     return run
-
-
-def _read_run(path: Path) -> tuple[Run, str | None]:
-    """A stored run without its model, and the digest of its weights if it has any."""
-    card = _read_card(path / "card.json" if path.is_dir() else path)
-    columns, scores = card["history"], {}
-    for name in _SCORES:
-        if card.get(name):
-            scores[name] = metrics.Metrics.from_json(card[name])
-    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    run = Run(card["name"], card["key"], card["info"], rows, path, stored=True, _scores=scores)
-    return run, card["weights"]
 
 
 def _folders(ending: str) -> list[Path]:
@@ -204,13 +196,17 @@ def _read_card(path: Path) -> dict[str, Any]:
     card = json.loads(text)
     if card["digest"] != _card_digest(text):
         raise ValueError(f"{path.name} is not what was written: its digest is of another text")
-    folder = path.parent.name.removesuffix(".old")
-    name = f"{card['name']}-{card['key']}"
-    if name != (folder if path.name == "card.json" else path.stem):
-        raise ValueError(f"{path.name} is the card of {name}")
-    if card["key"] != recorded_key(card["info"]):
-        raise ValueError("its key belongs to other settings")
+    home = path.parent.name.removesuffix(".old") if path.name == "card.json" else path.stem
+    _require_own(home, card["name"], card["key"], card["info"])
     return card
+
+
+def _require_own(home: str, name: str, key: str, info: dict[str, Any]) -> None:
+    """Raises ValueError unless home is the name of a run's card or folder, and the key its own."""
+    if home != f"{name}-{key}" or key != recorded_key(info):
+        raise ValueError(
+            f"{name}-{key} is not the name of this card or folder, or not the key of its settings"
+        )
 
 
 def _write_card(path: Path, card: dict[str, Any]) -> None:
@@ -262,15 +258,13 @@ def store_lock(key: str) -> Iterator[None]:
     locks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(locks / f"{key}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         if sys.stderr.isatty():
             print(f"another process trains run {key}: waiting for it", file=sys.stderr)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def open_part(name: str, key: str) -> Path:
@@ -284,12 +278,7 @@ def open_part(name: str, key: str) -> Path:
 
 
 def finish(
-    part: Path,
-    name: str,
-    key: str,
-    info: dict[str, Any],
-    rows: list[dict[str, float]],
-    weights: dict[str, torch.Tensor],
+    part: Path, name: str, key: str, info: dict, rows: list[dict], weights: dict[str, torch.Tensor]
 ) -> Path:
     """Write weights and card into part and rename it to NAME-KEY, in place of an older run.
 
@@ -318,58 +307,52 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
     command: what measures the card's numbers again. half: store the weights as float16, which takes
     half the space and changes each by less than a thousandth of itself, or by 3e-8 if it is tiny;
     the card keeps the metrics of the weights as they were.
-    Raises RunError for an unfinished run, for a name or key that is not its own, where weights are
-    asked for and there are none, or where one is too large for float16.
+    Raises ValueError for a name that is no file name or a key of other settings; RunError for an
+    unfinished run, or where weights are asked for and there are none, or too large for float16.
     """
     if run.stop_reason == "interrupted":
         raise RunError(
             f"{run.name}: interrupted runs are not published. Train it to the end first."
         )
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", run.name) or run.key != recorded_key(run.info):
-        raise RunError(
-            f"{run.name!r}: not published, since the key {run.key!r} is not that of its settings, "
-            "or its name has other characters than letters, digits, '.', '_' and '-'."
-        )
-    card = models_dir() / f"{run.name}-{run.key}.json"
-    stored = card.with_suffix(".safetensors")
+    path = models_dir() / f"{run.name}-{run.key}.json"
+    _require_own(path.stem, run.name, run.key, run.info)
+    stored = path.with_suffix(".safetensors")
     if weights:
         run.require_model()
-        if run.path != card:
-            content = _stored_weights(run, half)
-            with atomic_write(stored) as file:
-                file.write(content)
-    elif run.path != card:
+    if weights and run.path != path:
+        content = _weights_of(run, half)
+        with atomic_write(stored) as file:
+            file.write(content)
+    elif run.path != path:
         stored.unlink(missing_ok=True)
     kept = _file_digest(stored) if stored.exists() else None
-    _write_card(card, _card(run, weights=kept, command=command))
+    _write_card(path, _card(run, weights=kept, command=command))
     for older in _published(run.key):
-        if older != card:
+        if older != path:
             older.unlink()
             older.with_suffix(".safetensors").unlink(missing_ok=True)
-    return card
+    return path
 
 
-def _stored_weights(run: Run, half: bool) -> bytes:
-    """The file of a run's weights; half: with float16 in place of float32."""
+def _weights_of(run: Run, half: bool) -> bytes:
+    """The content of a run's weights file; half: with float16 in place of float32."""
     from safetensors.torch import load, save
 
-    if not run.weights.exists() or _read_run(run.path)[0].info != run.info:
+    if not run.weights.exists() or _read_card(run.path / "card.json")["info"] != run.info:
         raise RunError(
             f"{run.name}: {run.weights} is gone; another run of the same settings has replaced "
             "it. Give every run settings of its own, a seed for example."
         )
-    content = run.weights.read_bytes()
     if not half:
-        return content
-    state = load(content)
+        return run.weights.read_bytes()
+    state = load(run.weights.read_bytes())
     for name, value in state.items():
-        if value.is_floating_point():
-            state[name] = value.half()
-            if not state[name].isfinite().all():
-                raise RunError(
-                    f"{run.name}: {name} has values up to {value.abs().max():.3g}, float16 ends at "
-                    "65504. Publish it with half=False."
-                )
+        state[name] = value.half() if value.is_floating_point() else value
+        if not state[name].isfinite().all():
+            raise RunError(
+                f"{run.name}: {name} has values up to {value.abs().max():.3g}, float16 ends at "
+                "65504. Publish it with half=False."
+            )
     return save(state)
 
 

@@ -447,9 +447,9 @@ def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
     shutil.rmtree(run.path)
     other = dict(run.info, config=run.info["config"] | {"lr": 0.5})
     for changes, wanted in [
-        ({"info": other}, "key belongs to other settings"),
-        ({"name": "../outside"}, r"card of \.\./outside-"),
-        ({"key": "0123456789ab"}, "card of run-0123456789ab"),
+        ({"info": other}, "not the key of its settings"),
+        ({"name": "../outside"}, r"\.\./outside-\w+ is not the name of this card"),
+        ({"key": "0123456789ab"}, "run-0123456789ab is not the name"),
     ]:
         before = card.read_bytes()
         rewrite(card, **changes)
@@ -458,14 +458,14 @@ def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
         card.write_bytes(before)
     shutil.copy(card, card.with_name(f"copy-{run.key}.json"))
     card.unlink()
-    with pytest.raises(RunError, match=r"is damaged .*card of run-"):
+    with pytest.raises(RunError, match=r"is damaged .*run-.* is not the name of this card"):
         find(run.key, make_model())
 
 
 def test_a_name_does_not_lead_a_publication_out_of_its_folder(run, tmp_path):
     for name, key in (("../../run", run.key), ("a/b", run.key), ("run", "0123456789ab")):
         run.name, run.key = name, key
-        with pytest.raises(RunError, match=r"not published, since the key .* or its name"):
+        with pytest.raises(ValueError, match="is not the name of this card"):
             publish(run, weights=True, command="")
     assert not (tmp_path / "models").exists()
 
