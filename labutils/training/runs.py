@@ -1,15 +1,12 @@
 """The run store: finished runs found again by key, in the runs folder or among the published ones.
 
-A run is a folder NAME-KEY in the runs folder with its card, card.json, and its weights; while it is
-unfinished, NAME-KEY.part. A published run is models/NAME-KEY.json, the same card, with or without
-models/NAME-KEY.safetensors beside it.
+A run is a folder NAME-KEY with card.json and its weights, or NAME-KEY.part while it is unfinished.
+A published run is models/NAME-KEY.json, the same card, perhaps with NAME-KEY.safetensors beside it.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,19 +20,16 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from ..base.files import atomic_write, digest, models_dir, runs_dir, write_json
+from ..base.files import atomic_write, models_dir, runs_dir
 from ..base.settings import first_line
 from ..data.tensors import ImageData
 from ..evaluation import metrics
-from .key import recorded_key
+from . import cards
+from .cards import RunError, load_weights, save_weights
 from .watch import close_mirrors, open_mirrors, warn
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-class RunError(RuntimeError):
-    """A run cannot be started, stored, continued or used."""
 
 
 @dataclass(eq=False)
@@ -120,8 +114,8 @@ class Run:
     def _store_score(self, name: str, found: metrics.Metrics) -> None:
         card = self.path / "card.json"
         try:
-            _write_card(card, _read_card(card) | {name: asdict(found)})
-        except (OSError, ValueError) as error:
+            cards.write(card, cards.read(card) | {name: asdict(found)})
+        except (OSError, ValueError, LookupError, TypeError) as error:
             warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
         named = {"name": self.name, "key": self.key, "folder": self.path}
         mirrors = open_mirrors(self.track, **named, settings=self.info)
@@ -161,7 +155,7 @@ def find(key: str, model: nn.Module) -> Run | None:
     if path is None:
         return None
     try:
-        card = _read_card(path / "card.json" if path.is_dir() else path)
+        card = cards.read(path / "card.json" if path.is_dir() else path)
         columns = card["history"]
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         run = Run(card["name"], key, card["info"], rows, path, stored=True)
@@ -169,7 +163,7 @@ def find(key: str, model: nn.Module) -> Run | None:
             if card.get(score):
                 run._scores[score] = metrics.Metrics.from_json(card[score])
         if card["weights"]:
-            if card["weights"] != _file_digest(run.weights):
+            if card["weights"] != cards.sha256(run.weights):
                 raise ValueError(f"{run.weights.name} is not what was stored with the card")
             load_weights(model, run.weights)
             run.model = model
@@ -188,38 +182,6 @@ def _folders(ending: str) -> list[Path]:
 
 def _published(key: str) -> list[Path]:
     return sorted(models_dir().glob(f"*-{key}.json"))
-
-
-def _read_card(path: Path) -> dict[str, Any]:
-    """Raises ValueError if it is not as _write_card left it, or the card of another run."""
-    text = path.read_text(encoding="utf-8")
-    card = json.loads(text)
-    if card["digest"] != _card_digest(text):
-        raise ValueError(f"{path.name} is not what was written: its digest is of another text")
-    home = path.parent.name.removesuffix(".old") if path.name == "card.json" else path.stem
-    _require_own(home, card["name"], card["key"], card["info"])
-    return card
-
-
-def _require_own(home: str, name: str, key: str, info: dict[str, Any]) -> None:
-    """Raises ValueError unless home is the name of a run's card or folder, and the key its own."""
-    if home != f"{name}-{key}" or key != recorded_key(info):
-        raise ValueError(
-            f"{name}-{key} is not the name of this card or folder, or not the key of its settings"
-        )
-
-
-def _write_card(path: Path, card: dict[str, Any]) -> None:
-    write_json(path, card | {"digest": _card_digest(json.dumps(card))})
-
-
-def _card_digest(text: str) -> str:
-    """Of all that a card says but its digest; numbers as they are written, to the last digit."""
-    return digest(json.loads(text, parse_float=str) | {"digest": None})
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _card(run: Run, *, weights: str | None, command: str | None) -> dict[str, Any]:
@@ -286,7 +248,7 @@ def finish(
     """
     save_weights(part / "best.safetensors", weights)
     run = Run(name, key, info, rows, part)
-    _write_card(part / "card.json", _card(run, weights=_file_digest(run.weights), command=None))
+    cards.write(part / "card.json", _card(run, weights=cards.sha256(run.weights), command=None))
     path = part.with_name(f"{name}-{key}")
     for older in _folders(key):
         aside = older.with_name(f"{older.name}.old")
@@ -307,76 +269,31 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
     command: what measures the card's numbers again. half: store the weights as float16, which takes
     half the space and changes each by less than a thousandth of itself, or by 3e-8 if it is tiny;
     the card keeps the metrics of the weights as they were.
-    Raises ValueError for a name that is no file name or a key of other settings; RunError for an
-    unfinished run, or where weights are asked for and there are none, or too large for float16.
+    Raises RunError for an unfinished run, where weights are asked for and there are none, or where
+    one is too large for float16; ValueError for a name that is no file name or a key not its own.
     """
     if run.stop_reason == "interrupted":
-        raise RunError(
-            f"{run.name}: interrupted runs are not published. Train it to the end first."
-        )
+        raise RunError(f"{run.name}: interrupted runs are not published. Train it to the end.")
     path = models_dir() / f"{run.name}-{run.key}.json"
-    _require_own(path.stem, run.name, run.key, run.info)
+    cards.require_own(path.stem, run.name, run.key, run.info)
     stored = path.with_suffix(".safetensors")
     if weights:
         run.require_model()
     if weights and run.path != path:
-        content = _weights_of(run, half)
+        if not run.weights.exists() or cards.read(run.path / "card.json")["info"] != run.info:
+            raise RunError(
+                f"{run.name}: {run.weights} is gone; another run of the same settings has replaced "
+                "it. Give every run settings of its own, a seed for example."
+            )
+        content = run.weights.read_bytes()
         with atomic_write(stored) as file:
-            file.write(content)
+            file.write(cards.halved(run.name, content) if half else content)
     elif run.path != path:
         stored.unlink(missing_ok=True)
-    kept = _file_digest(stored) if stored.exists() else None
-    _write_card(path, _card(run, weights=kept, command=command))
+    kept = cards.sha256(stored) if stored.exists() else None
+    cards.write(path, _card(run, weights=kept, command=command))
     for older in _published(run.key):
         if older != path:
             older.unlink()
             older.with_suffix(".safetensors").unlink(missing_ok=True)
     return path
-
-
-def _weights_of(run: Run, half: bool) -> bytes:
-    """The content of a run's weights file; half: with float16 in place of float32."""
-    from safetensors.torch import load, save
-
-    if not run.weights.exists() or _read_card(run.path / "card.json")["info"] != run.info:
-        raise RunError(
-            f"{run.name}: {run.weights} is gone; another run of the same settings has replaced "
-            "it. Give every run settings of its own, a seed for example."
-        )
-    if not half:
-        return run.weights.read_bytes()
-    state = load(run.weights.read_bytes())
-    for name, value in state.items():
-        state[name] = value.half() if value.is_floating_point() else value
-        if not state[name].isfinite().all():
-            raise RunError(
-                f"{run.name}: {name} has values up to {value.abs().max():.3g}, float16 ends at "
-                "65504. Publish it with half=False."
-            )
-    return save(state)
-
-
-def save_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write a state dict as safetensors, atomically."""
-    from safetensors.torch import save
-
-    with atomic_write(path) as file:
-        file.write(save({name: value.contiguous().cpu() for name, value in state.items()}))
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Read what save_weights wrote into a model.
-
-    Raises ValueError if it does not fit, or a weight is not finite.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        state = load(path.read_bytes())
-        for name, _ in model.named_parameters():
-            if name in state and not state[name].isfinite().all():
-                raise ValueError(f"{path.name} has values in {name} that are not finite")
-        model.load_state_dict(state)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path.name} does not fit the model: {error}") from error

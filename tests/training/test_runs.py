@@ -18,7 +18,7 @@ from torch import nn
 
 import labutils as lab
 from labutils.evaluation.metrics import evaluate
-from labutils.training import runs
+from labutils.training import cards, runs
 from labutils.training.key import run_key
 from labutils.training.runs import (
     RunError,
@@ -362,7 +362,7 @@ def test_published_runs_are_found_by_what_they_computed():
     assert CARDS
     for path in CARDS:
         # Checks the digest, the file's name, and the key.
-        card = runs._read_card(path)
+        card = cards.read(path)
         info = card["info"]
         config = config_of(info["config"])
         data = SimpleNamespace(fingerprint=info["data"]["fingerprint"])
@@ -439,7 +439,7 @@ def test_a_flipped_bit_of_a_published_run_is_noticed(run):
 
 def rewrite(path, **changes):
     """Change a card as somebody would who knows how its digest is made."""
-    runs._write_card(path, card_of(path) | changes)
+    cards.write(path, card_of(path) | changes)
 
 
 def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
@@ -524,7 +524,7 @@ def test_metrics_that_cannot_be_stored_are_returned_all_the_same(run, data, monk
     def full(path, value):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(runs, "write_json", full)
+    monkeypatch.setattr(cards, "write_json", full)
     assert run.test(data) == evaluate(run.model, data.test)
     assert "run: its test metrics are not stored" in capsys.readouterr().out
 
