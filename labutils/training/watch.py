@@ -256,8 +256,11 @@ class Progress:
             self._bar.update(images)
 
     def epoch(self, row: dict[str, float], epochs: int) -> None:
-        scores = ", ".join(f"{name} {value:.6g}" for name, value in row.items())
-        self.note(f"{scores}; {epochs} epochs at most")
+        self.note(
+            f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.4f} train "
+            f"{row['val_loss']:.4f} val, accuracy {100 * row['train_accuracy']:.2f} % train "
+            f"{100 * row['val_accuracy']:.2f} % val, {row['images_per_second']:,.0f} images/s"
+        )
         if self._bar is not None:
             # Short, so that a line of 100 columns holds it beside the bar.
             scores = (

@@ -451,8 +451,8 @@ def test_the_log_can_be_followed_while_training_goes_on(tmp_path):
     for epoch in (1, 2):
         progress.epoch(EPOCH | {"epoch": epoch}, 20)
         assert log.read_text().endswith(
-            f"\nepoch {epoch}, train_loss 0.1234, train_accuracy 0.9567, val_loss 0.2345, "
-            "val_accuracy 0.9432, images_per_second 12345.6; 20 epochs at most\n"
+            f"\nepoch {epoch}/20, loss 0.1234 train 0.2345 val, "
+            "accuracy 95.67 % train 94.32 % val, 12,346 images/s\n"
         )
     progress.note("finished all 20 epochs")
     lines = log.read_text().splitlines()
