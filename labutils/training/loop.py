@@ -32,8 +32,8 @@ from ..models.registry import num_parameters
 from . import checkpoint
 from .key import identify, run_key
 from .optim import lr_factor, make_optimizer, stop_reason
-from .runs import Run, RunError, disk_errors, find, save_weights, settle, store_lock
-from .watch import History, Mirror, Progress, open_mirrors, say, warn
+from .runs import Run, RunError, disk_errors, find, finish, open_part, save_weights, store_lock
+from .watch import Mirror, Progress, close_mirrors, log_row, open_mirrors, say, warn
 
 
 def train(
@@ -78,14 +78,10 @@ def train(
     run = None if retrain else find(key, model)
     if run is None:
         with disk_errors("train", runs_dir()), store_lock(key):
-            part = next(runs_dir().glob(f"*-{key}.part"), runs_dir() / f"{name}-{key}.part")
             # Another process may have finished this very run while we waited for the lock.
             run = None if retrain else find(key, model)
             if run is None:
-                part.mkdir(exist_ok=True)
-                # What a kill in the middle of a write has left; nobody else writes under the lock.
-                for stray in part.glob(".*.tmp"):
-                    stray.unlink()
+                part = open_part(name, key)
                 job = _Job(model, data, config, name, key, part, spec, weights)
                 return job.run(track, progress, checkpoint_seconds, compile)
     if progress:
@@ -188,10 +184,7 @@ class _Job:
             else:
                 write_json(self.part / "config.json", {"key": self.key, **self.settings})
             named = {"name": self.name, "key": self.key}
-            mirrors = [
-                stack.enter_context(closing(mirror))
-                for mirror in open_mirrors(track, **named, folder=self.part, settings=self.settings)
-            ]
+            mirrors = open_mirrors(track, **named, folder=self.part, settings=self.settings)
             done = size * self.at.epoch + self.tally.images
             bar = Progress(
                 self.name,
@@ -205,11 +198,10 @@ class _Job:
             interrupted = stack.enter_context(_interrupts())
             reason = self._loop(bar, mirrors, interrupted, checkpoint_seconds)
             bar.note(reason)
-            if self.at.best_epoch:
-                best = self.at.rows[self.at.best_epoch - 1]
-                for mirror in mirrors:
-                    mirror.summarise({f"best/{name}": value for name, value in best.items()})
-        return self._finish(reason, track)
+        run = self._finish(reason, track)
+        best = self.at.rows[self.at.best_epoch - 1] if self.at.best_epoch else {}
+        close_mirrors(mirrors, {f"best/{name}": value for name, value in best.items()})
+        return run
 
     def _prepare(self, compile: bool, bar: Progress, progress: bool) -> None:
         """Compile if asked to, and say what cannot be had here."""
@@ -267,8 +259,7 @@ class _Job:
             at.epoch_seconds += time.perf_counter() - started
             self._end_epoch()
             bar.epoch(at.rows[-1], config.epochs)
-            for mirror in mirrors:
-                mirror.log(at.rows[-1])
+            log_row(mirrors, at.rows[-1])
         return reason
 
     def _lr(self, batch: int) -> float:
@@ -315,7 +306,6 @@ class _Job:
     def _diverged(self, what: str, value: float, batch: int) -> NoReturn:
         kept = "there is none yet"
         if self.at.best_epoch:
-            History(self.at.rows).save(self.part / "history.csv")
             save_weights(self.part / "best.safetensors", self.at.best_weights)
             kept = f"{self.part / 'best.safetensors'} (epoch {self.at.best_epoch})"
         raise RunError(
@@ -328,7 +318,6 @@ class _Job:
         self._require_finite()
         last, precision = self.part / "last.pt", self.forward.precision
         checkpoint.save(last, self.key, self.state, self.device, precision)
-        History(self.at.rows).save(self.part / "history.csv")
 
     def _finish(self, reason: str, track: Any) -> Run:
         """Give the model its best weights; make a run that is complete visible to the store."""
@@ -349,9 +338,7 @@ class _Job:
         }
         if reason != "interrupted":
             self._save()
-            save_weights(self.part / "best.safetensors", at.best_weights)
-            write_json(self.part / "run.json", info)
-            place = settle(self.part)
+            place = finish(self.part, self.name, self.key, info, at.rows, at.best_weights)
         if at.best_weights:
             self.model.load_state_dict(at.best_weights)
         return Run(self.name, self.key, info, at.rows, place, self.model, track=track)

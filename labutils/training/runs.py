@@ -1,18 +1,18 @@
 """The run store: finished runs found again by key, in the runs folder or among the published ones.
 
-A run is a folder NAME-KEY in the runs folder; NAME-KEY.part while it is unfinished. A published run
-is models/NAME-KEY.json, its card, with or without models/NAME-KEY.safetensors beside it.
+A run is a folder NAME-KEY with card.json and its weights, or NAME-KEY.part while it is unfinished.
+A published run is models/NAME-KEY.json, the same card, perhaps with NAME-KEY.safetensors beside it.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +20,16 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from ..base.files import atomic_write, models_dir, runs_dir, write_json
+from ..base.files import atomic_write, models_dir, runs_dir
+from ..base.settings import first_line
 from ..data.tensors import ImageData
 from ..evaluation import metrics
-from .watch import History, open_mirrors
+from . import cards
+from .cards import RunError, load_weights, save_weights
+from .watch import close_mirrors, open_mirrors, warn
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-_SCORES = ("test", "test_flip")  # what Run.test measures, by the name it is stored under
-
-
-class RunError(RuntimeError):
-    """A run cannot be started, stored, continued or used."""
 
 
 @dataclass(eq=False)
@@ -49,7 +45,7 @@ class Run:
     key: str
     info: dict[str, Any]
     rows: list[dict[str, float]]
-    place: Path  # the run's folder, or the card of a published run
+    path: Path  # the run's folder, or the card of a published run
     model: nn.Module | None = None
     stored: bool = False  # found in the store, not trained by this call
     track: Any = None  # what train was asked to mirror to; test metrics go there too
@@ -58,7 +54,9 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """One row an epoch, indexed from 1: losses, accuracies, lr, images_per_second, seconds."""
-        return History(self.rows).frame()
+        import pandas as pd
+
+        return pd.DataFrame(self.rows).set_index("epoch") if self.rows else pd.DataFrame()
 
     @property
     def seconds(self) -> float:
@@ -72,6 +70,13 @@ class Run:
     def stop_reason(self) -> str:
         return self.info["stop_reason"]
 
+    @property
+    def weights(self) -> Path:
+        """Where the weights of the best epoch are, if they are stored."""
+        if self.path.is_dir():
+            return self.path / "best.safetensors"
+        return self.path.with_suffix(".safetensors")
+
     def best(self, column: str) -> float:
         """A column of the history at the best epoch, whose weights were kept.
 
@@ -82,7 +87,7 @@ class Run:
         return self.rows[self.info["best_epoch"] - 1][column]
 
     def test(self, data: ImageData, *, tta: bool = False) -> metrics.Metrics:
-        """Metrics on the test split, measured once and stored with the run.
+        """Metrics on the test split, measured once and stored in the run's card.
 
         In the precision of its training, where it can be had. tta: as for predict, stored apart.
         Raises RunError if the run was trained on other data, or has neither metrics nor weights.
@@ -101,38 +106,34 @@ class Run:
             precision = self.info.get("precision", "float32")
             found = metrics.evaluate(model, data.test, precision=precision, tta=tta)
             self._scores[name] = found
-            # An unfinished run goes on in this folder, and its weights will be others.
-            if self.place.is_dir() and self.stop_reason != "interrupted":
-                with disk_errors(self.name, self.place):
-                    write_json(self.place / f"{name}.json", asdict(found))
-                self._mirror({f"{name}/loss": found.loss, f"{name}/accuracy": found.accuracy})
+            # An unfinished run goes on in its folder, and its weights will be others.
+            if self.path.is_dir() and self.stop_reason != "interrupted":
+                self._store_score(name, found)
         return self._scores[name]
 
-    def _mirror(self, values: dict[str, float]) -> None:
-        named = {"name": self.name, "key": self.key, "folder": self.place}
-        for mirror in open_mirrors(self.track, **named, settings=self.info):
-            mirror.summarise(values)
-            mirror.close()
-
-    @property
-    def weights(self) -> Path:
-        """Where the weights of the best epoch are, if they are stored."""
-        if self.place.is_dir():
-            return self.place / "best.safetensors"
-        return self.place.with_suffix(".safetensors")
+    def _store_score(self, name: str, found: metrics.Metrics) -> None:
+        card = self.path / "card.json"
+        try:
+            cards.write(card, cards.read(card) | {name: asdict(found)})
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
+        named = {"name": self.name, "key": self.key, "folder": self.path}
+        mirrors = open_mirrors(self.track, **named, settings=self.info)
+        values = {"loss": found.loss, "accuracy": found.accuracy}
+        close_mirrors(mirrors, {f"{name}/{score}": value for score, value in values.items()})
 
     def require_model(self) -> nn.Module:
         """The model with its best weights. Raises RunError where only the card was published."""
         if self.model is None:
             raise RunError(
-                f"{self.name}: only the card of this run is published ({self.place.name}), "
+                f"{self.name}: only the card of this run is published ({self.path.name}), "
                 "not its weights. Call train with retrain=True to have them."
             )
         return self.model
 
     def __str__(self) -> str:
-        made = f"{self.info['finished']} on {self.info['device']}, torch {self.info['torch']}"
-        origin = f"loaded, trained {made}" if self.stored else "trained"
+        trained = f"{self.info['finished']} on {self.info['device']}, torch {self.info['torch']}"
+        origin = f"loaded, trained {trained}" if self.stored else "trained"
         if not self.rows:
             return f"{self.name}: {self.stop_reason} in the first epoch"
         return (
@@ -145,66 +146,56 @@ class Run:
 def find(key: str, model: nn.Module) -> Run | None:
     """The finished run with this key, its weights loaded into model; None if there is none.
 
-    Raises RunError if it is there but damaged.
+    Raises RunError if it is there but damaged: if its card, the card's name, the key or the weights
+    are not those that were stored together.
     """
-    # A kill in the middle of settle leaves the older run as the only finished one.
+    # A kill in the middle of finish leaves the older run as the only finished one.
     folders = _folders(key) or _folders(f"{key}.old")
-    cards = list(models_dir().glob(f"*-{key}.json"))
-    place = next(iter(folders + cards), None)
-    if place is None:
+    path = next(chain(folders, _published(key)), None)
+    if path is None:
         return None
     try:
-        run = _read_folder(place, key) if place.is_dir() else _read_card(place)
-        if run.epochs != run.info["epochs"]:
-            raise ValueError(f"its history has {run.epochs} of {run.info['epochs']} epochs")
-        if place.is_dir() or run.weights.exists():
+        card = cards.read(path / "card.json" if path.is_dir() else path)
+        columns = card["history"]
+        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        run = Run(card["name"], key, card["info"], rows, path, stored=True)
+        for score in ("test", "test_flip"):
+            if card.get(score):
+                run._scores[score] = metrics.Metrics.from_json(card[score])
+        if card["weights"]:
+            if card["weights"] != cards.sha256(run.weights):
+                raise ValueError(f"{run.weights.name} is not what was stored with the card")
             load_weights(model, run.weights)
             run.model = model
-    # Text that is valid JSON but of another shape fails as whatever Python makes of it.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    # Text that is valid JSON but of another shape fails with an error of Python's own.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(
-            f"the stored run {place} is damaged ({type(error).__name__}: {error}). "
+            f"the stored run {path} is damaged ({type(error).__name__}: {error}). "
             "Remove it, or call train with retrain=True to replace it."
         ) from error
     return run
 
 
 def _folders(ending: str) -> list[Path]:
-    return [path for path in runs_dir().glob(f"*-{ending}") if path.is_dir()]
+    return [path for path in sorted(runs_dir().glob(f"*-{ending}")) if path.is_dir()]
 
 
-def _read_folder(place: Path, key: str) -> Run:
-    info = json.loads((place / "run.json").read_text())
-    paths = {name: place / f"{name}.json" for name in _SCORES}
-    stored = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-    return Run(
-        name=place.name.rpartition(f"-{key}")[0],
-        key=key,
-        info=info,
-        rows=History.load(place / "history.csv").rows,
-        place=place,
-        stored=True,
-        _scores=_from_json(stored),
-    )
+def _published(key: str) -> list[Path]:
+    return sorted(models_dir().glob(f"*-{key}.json"))
 
 
-def _read_card(place: Path) -> Run:
-    card = json.loads(place.read_text())
-    columns = card["history"]
-    return Run(
-        name=card["name"],
-        key=card["key"],
-        info=card["info"],
-        rows=[dict(zip(columns, values)) for values in zip(*columns.values())],
-        place=place,
-        stored=True,
-        _scores=_from_json(card),
-    )
-
-
-def _from_json(stored: dict[str, Any]) -> dict[str, metrics.Metrics]:
-    found = {name: stored[name] for name in _SCORES if stored.get(name) is not None}
-    return {name: metrics.Metrics.from_json(values) for name, values in found.items()}
+def _card(run: Run, *, weights: str | None, command: str | None) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "key": run.key,
+        "digest": None,
+        "weights": weights,
+        "command": command,
+        "test": None,
+        **{name: asdict(found) for name, found in run._scores.items()},
+        "info": run.info,
+        "history": {name: [row[name] for row in run.rows] for name in run.rows[0]},
+    }
 
 
 @contextmanager
@@ -229,103 +220,80 @@ def store_lock(key: str) -> Iterator[None]:
     locks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(locks / f"{key}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         if sys.stderr.isatty():
             print(f"another process trains run {key}: waiting for it", file=sys.stderr)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
-def settle(part: Path) -> Path:
-    """Rename NAME-KEY.part to NAME-KEY, in place of an older run there. Returns the new path."""
-    place = part.with_name(part.name.removesuffix(".part"))
-    key = place.name.rpartition("-")[2]
-    for path in _folders(key):
-        aside = path.with_name(f"{path.name}.old")
+def open_part(name: str, key: str) -> Path:
+    """The folder of an unfinished run: one that is there, under whatever name, or a new one."""
+    part = next(runs_dir().glob(f"*-{key}.part"), runs_dir() / f"{name}-{key}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    # What a kill in the middle of a write has left; nobody else writes under the lock.
+    for stray in part.glob(".*.tmp"):
+        stray.unlink()
+    return part
+
+
+def finish(
+    part: Path, name: str, key: str, info: dict, rows: list[dict], weights: dict[str, torch.Tensor]
+) -> Path:
+    """Write weights and card into part and rename it to NAME-KEY, in place of an older run.
+
+    Killed at any moment, it leaves the older run or this one. Returns the new path.
+    """
+    save_weights(part / "best.safetensors", weights)
+    run = Run(name, key, info, rows, part)
+    cards.write(part / "card.json", _card(run, weights=cards.sha256(run.weights), command=None))
+    path = part.with_name(f"{name}-{key}")
+    for older in _folders(key):
+        aside = older.with_name(f"{older.name}.old")
         # A kill during an earlier replacement may have left one behind, half removed.
         if aside.exists():
             shutil.rmtree(aside)
-        path.rename(aside)
-    part.rename(place)
+        older.rename(aside)
+    part.rename(path)
     for aside in _folders(f"{key}.old"):
         shutil.rmtree(aside)
-    return place
+    return path
 
 
 def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Path:
     """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
 
+    It takes the place of a card with the same key. What is published already keeps its weights.
     command: what measures the card's numbers again. half: store the weights as float16, which takes
     half the space and changes each by less than a thousandth of itself, or by 3e-8 if it is tiny;
     the card keeps the metrics of the weights as they were.
     Raises RunError for an unfinished run, where weights are asked for and there are none, or where
-    one is too large for float16.
+    one is too large for float16; ValueError for a name that is no file name or a key not its own.
     """
     if run.stop_reason == "interrupted":
-        raise RunError(
-            f"{run.name}: interrupted runs are not published. Train it to the end first."
-        )
-    card = models_dir() / f"{run.name}-{run.key}.json"
+        raise RunError(f"{run.name}: interrupted runs are not published. Train it to the end.")
+    path = models_dir() / f"{run.name}-{run.key}.json"
+    cards.require_own(path.stem, run.name, run.key, run.info)
+    stored = path.with_suffix(".safetensors")
     if weights:
         run.require_model()
-        if not run.weights.exists():
+    if weights and run.path != path:
+        if not run.weights.exists() or cards.read(run.path / "card.json")["info"] != run.info:
             raise RunError(
                 f"{run.name}: {run.weights} is gone; another run of the same settings has replaced "
                 "it. Give every run settings of its own, a seed for example."
             )
-        if run.place != card:
-            kept = _halved(run) if half else run.weights.read_bytes()
-            with atomic_write(card.with_suffix(".safetensors")) as file:
-                file.write(kept)
-    write_json(
-        card,
-        {
-            "name": run.name,
-            "key": run.key,
-            "command": command,
-            "test": None,
-            **{name: asdict(found) for name, found in run._scores.items()},
-            "info": run.info,
-            "history": {name: [row[name] for row in run.rows] for name in run.rows[0]},
-        },
-    )
-    return card
-
-
-def _halved(run: Run) -> bytes:
-    """The stored weights of a run with float16 in place of float32."""
-    from safetensors.torch import load, save
-
-    state = load(run.weights.read_bytes())
-    for name, value in state.items():
-        if value.is_floating_point():
-            state[name] = value.half()
-            if not state[name].isfinite().all():
-                raise RunError(
-                    f"{run.name}: {name} has values up to {value.abs().max():.3g}, float16 ends at "
-                    "65504. Publish it with half=False."
-                )
-    return save(state)
-
-
-def save_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write a state dict as safetensors, atomically."""
-    from safetensors.torch import save
-
-    with atomic_write(path) as file:
-        file.write(save({name: value.contiguous().cpu() for name, value in state.items()}))
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Read what save_weights wrote into a model. Raises ValueError if it does not fit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        model.load_state_dict(load(path.read_bytes()))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path.name} does not fit the model: {error}") from error
+        content = run.weights.read_bytes()
+        with atomic_write(stored) as file:
+            file.write(cards.halved(run.name, content) if half else content)
+    elif run.path != path:
+        stored.unlink(missing_ok=True)
+    kept = cards.sha256(stored) if stored.exists() else None
+    cards.write(path, _card(run, weights=kept, command=command))
+    for older in _published(run.key):
+        if older != path:
+            older.unlink()
+            older.with_suffix(".safetensors").unlink(missing_ok=True)
+    return path

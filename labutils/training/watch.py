@@ -1,134 +1,122 @@
 """How a run is watched: a live line, a log file, and mirrors in W&B and TensorBoard.
 
-A mirror that fails costs one warning, never the run.
+A mirror that fails costs one warning, one that hangs a minute; neither costs the run.
 """
 
 from __future__ import annotations
 
-import csv
+import atexit
 import io
 import netrc
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Thread
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
-
-from ..base.files import atomic_write
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-import sys
 
 from tqdm import tqdm
 
-KINDS = ("wandb", "tensorboard")
+from ..base.settings import first_line
 
-
-Row = dict[str, float | int]
-
+PATIENCE = 60.0  # seconds that a mirror may take for one call
 
 _wandb_offline = False  # set by the first failure, so that a sweep waits and warns only once
 
 
-class History:
-    """One row an epoch, in memory; `save` writes them all."""
+class Mirror(NamedTuple):
+    """Somewhere else that sees a run."""
 
-    def __init__(self, rows: Sequence[Row] = ()) -> None:
-        self.rows = [dict(row) for row in rows]
-
-    def frame(self) -> pd.DataFrame:
-        """The table, indexed by epoch from 1."""
-        import pandas as pd
-
-        frame = pd.DataFrame(self.rows)
-        return frame.set_index("epoch") if len(frame) else frame
-
-    def save(self, path: Path) -> None:
-        text = io.StringIO()
-        if self.rows:
-            writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        with atomic_write(path) as file:
-            file.write(text.getvalue().encode())
-
-    @classmethod
-    def load(cls, path: Path) -> History:
-        """Raises ValueError if a line does not have a number for each column."""
-        with path.open(newline="") as file:
-            lines = list(csv.reader(file))
-        return cls([_numbers(dict(zip(lines[0], line, strict=True))) for line in lines[1:]])
-
-
-def _numbers(row: dict[str, str]) -> Row:
-    return {name: (int if name == "epoch" else float)(value) for name, value in row.items()}
-
-
-class Mirror:
-    """Somewhere else that sees a run. Calls go to the backend until one fails."""
-
-    def __init__(
-        self,
-        name: str,
-        log: Callable[[Row], None],
-        summarise: Callable[[dict[str, float]], None],
-        close: Callable[[], None],
-    ) -> None:
-        self.name, self._calls = name, {"log": log, "summarise": summarise, "close": close}
-
-    def _call(self, what: str, *args: Any) -> None:
-        try:
-            self._calls.get(what, lambda *_: None)(*args)
-        # Whatever goes wrong in a remote service, the training it only watches must go on.
-        except Exception as error:
-            self._calls = {}
-            warnings.warn(
-                f"{self.name} stopped taking values ({error}). Training goes on; history.csv in "
-                "the run directory holds everything.",
-                stacklevel=2,
-            )
-
-    def log(self, row: Row) -> None:
-        """One finished epoch."""
-        self._call("log", row)
-
-    def summarise(self, values: dict[str, float]) -> None:
-        """Final numbers of the run, test metrics for example."""
-        self._call("summarise", values)
-
-    def close(self) -> None:
-        self._call("close")
+    name: str
+    log: Callable[[dict[str, float]], Any]  # takes the row of an epoch
+    close: Callable[[dict[str, float]], Any]  # takes the final numbers
 
 
 def open_mirrors(
-    track: str | Sequence[str] | None,
-    *,
-    name: str,
-    key: str,
-    folder: Path,
-    settings: dict[str, Any],
+    track: str | Sequence[str] | None, *, name: str, key: str, folder: Path, settings: dict
 ) -> list[Mirror]:
     """Start the mirrors that track asks for.
 
-    track: 'auto' is W&B when WANDB_MODE is set or a login is stored, and nothing otherwise;
-        a list of 'wandb' and 'tensorboard' asks for them by name; None or [] is nothing.
-    W&B asked for without a login, or out of reach, falls back to its offline mode with one warning.
+    track: 'auto' is W&B when it is installed and WANDB_MODE is set or a login is stored, and
+        nothing otherwise; a list of 'wandb' and 'tensorboard' asks for them by name; None or [] is
+        nothing. W&B without a login, or out of reach, records offline, with one warning.
     Raises ValueError for another name, ModuleNotFoundError if the package is not installed.
     """
     if track == "auto":
-        wanted = ["wandb"] if os.environ.get("WANDB_MODE") or _wandb_login() else []
-    else:
-        wanted = [track] if isinstance(track, str) else list(track or [])
-    if unknown := [kind for kind in wanted if kind not in KINDS]:
-        raise ValueError(
-            f"train: track = {track!r} names {unknown[0]!r}. "
-            f"Allowed: 'auto', None, or a list of {', '.join(KINDS)}."
-        )
-    start = {"wandb": _wandb, "tensorboard": _tensorboard}
-    return [start[kind](name, key, folder, settings) for kind in wanted]
+        asked = os.environ.get("WANDB_MODE") or _wandb_login()
+        track = ["wandb"] if asked and find_spec("wandb") else []
+    mirrors: list[Mirror] = []
+    starts = {"wandb": _wandb, "tensorboard": _tensorboard}
+    wanted = [track] if isinstance(track, str) else list(track or [])
+    for kind in wanted:
+        if kind not in starts:
+            allowed = f"'auto', None, or a list of {', '.join(starts)}"
+            raise ValueError(f"train: track = {track!r} names {kind!r}. Allowed: {allowed}.")
+        if find_spec(kind) is None:
+            missing = f"{kind!r}, which is not installed. Run: pip install {kind}"
+            raise ModuleNotFoundError(f"train: track names {missing}")
+    for kind in wanted:
+        mirrors += _try(kind, starts[kind], name, key, folder, settings)
+    return mirrors
+
+
+def log_row(mirrors: list[Mirror], row: dict[str, float]) -> None:
+    """Show one finished epoch to all; a mirror that fails is taken off the list."""
+    for mirror in list(mirrors):
+        if not _try(mirror.name, mirror.log, row):
+            mirrors.remove(mirror)
+
+
+def close_mirrors(mirrors: list[Mirror], summary: dict[str, float]) -> None:
+    """Give all the run's final numbers, those of its best epoch for example, and end them."""
+    for mirror in mirrors:
+        _try(mirror.name, mirror.close, summary)
+    mirrors.clear()
+
+
+def _try(name: str, call: Callable[..., Any], *args: Any) -> list[Any]:
+    """[what the call returns], or [] after a warning if it fails or takes longer than PATIENCE."""
+    try:
+        return [_start(call, *args).result(PATIENCE)]
+    except Exception as error:
+        reason = first_line(error)
+        if isinstance(error, TimeoutError):
+            reason = f"no answer in {PATIENCE:g} s"
+            _end_wandb(patience=0)
+        problem = f"{name} stopped recording ({reason})"
+        warnings.warn(f"{problem}. The run goes on, and its folder holds it all.", stacklevel=3)
+        return []
+
+
+def _start(call: Callable[..., Any], *args: Any) -> Future:
+    """Call in a thread that Python does not wait for when it ends. Returns the future result."""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call(*args))
+        except BaseException as error:  # a service fails in its own ways
+            future.set_exception(RuntimeError(first_line(error)))
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
+def _end_wandb(patience: float | None = None) -> None:
+    """End W&B's service, by force if it hangs: Python would wait for it when it ends."""
+    if "wandb" in sys.modules:
+        import psutil
+
+        ended = _start(sys.modules["wandb"].teardown)
+        if not wait([ended], PATIENCE if patience is None else patience).done:
+            for process in psutil.Process().children(recursive=True):
+                if process.name() == "wandb-core":
+                    process.kill()
+            wait([ended], PATIENCE)
 
 
 def _wandb_login() -> bool:
@@ -137,140 +125,109 @@ def _wandb_login() -> bool:
     try:
         host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
 
 
-def _wandb(name: str, key: str, folder: Path, settings: dict[str, Any]) -> Mirror:
+def _wandb(name: str, key: str, folder: Path, settings: dict) -> Mirror:
     global _wandb_offline
     # Without this W&B greets on stderr, which would stay in a saved notebook.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
+    # The key makes a resumed run continue its own record instead of opening another.
+    options = {"name": name, "resume": "allow", "dir": str(folder), "config": settings}
+    options["project"] = os.environ.get("WANDB_PROJECT", "labutils")
+    options["settings"] = wandb.Settings(silent=True, console="off", init_timeout=30)
     mode = os.environ.get("WANDB_MODE") or "online"
     local = mode in ("offline", "dryrun", "disabled")
+    run = trouble = None
     # Going online without a login would make W&B ask for one.
     if not local and not _wandb_offline and not _wandb_login():
-        _wandb_offline = True
-        warnings.warn(
-            "W&B: no login found, so runs are recorded offline in a folder wandb inside of each. "
-            "To send them: `wandb login`, then `wandb sync` on that folder.",
-            stacklevel=4,
-        )
-
-    def start(mode: str, run_id: str) -> Any:
-        return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "labutils"),
-            name=name,
-            # The key makes a resumed run continue its own record instead of opening another.
-            id=run_id,
-            resume="allow",
-            dir=str(folder),
-            config=settings,
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-        )
-
-    run = None
-    if local or not _wandb_offline:
+        trouble = "no login found"
+    elif local or not _wandb_offline:
         try:
-            run = start(mode, key)
-        # A service can fail in its own words; the run that it would only watch goes on.
+            run = wandb.init(id=key, mode=mode, **options)
         except Exception as error:
-            _wandb_offline = True
-            warnings.warn(
-                f"W&B is out of reach ({error}), so runs are recorded offline from now on, in a "
-                "folder wandb inside of each. To send them later: `wandb sync` on that folder.",
-                stacklevel=4,
-            )
+            trouble = f"it is out of reach ({first_line(error)})"
     # Another id, because W&B still holds the one whose start failed.
-    run = run or start("offline", f"{key}-offline")
-    return Mirror("W&B", run.log, run.summary.update, run.finish)
+    run = run or wandb.init(id=f"{key}-offline", mode="offline", **options)
+    # Registered last, it comes before W&B's own, which waits for the service without end.
+    atexit.unregister(_end_wandb)
+    atexit.register(_end_wandb)
+    if trouble:
+        _wandb_offline = True
+        problem = f"W&B: {trouble}, so runs are recorded offline from now on, in a folder wandb"
+        remedy = "To send them: `wandb login`, then `wandb sync` on that folder."
+        warnings.warn(f"{problem} inside of each. {remedy}", stacklevel=2)
+
+    def close(summary: dict[str, float]) -> None:
+        run.summary.update(summary)
+        run.finish()
+
+    return Mirror("W&B", run.log, close)
 
 
-def _tensorboard(name: str, key: str, folder: Path, settings: dict[str, Any]) -> Mirror:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "train: track names 'tensorboard', which is not installed. Run: pip install tensorboard"
-        ) from error
+def _tensorboard(name: str, key: str, folder: Path, settings: dict) -> Mirror:
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(folder / "tensorboard"))
     writer.add_text("settings", "\n".join(f"- {k}: {v}" for k, v in settings.items()))
 
-    def log(row: Row) -> None:
+    def log(row: dict[str, float]) -> None:
         for column, value in row.items():
             if column != "epoch":
                 writer.add_scalar(column, value, row["epoch"])
 
-    def summarise(values: dict[str, float]) -> None:
-        for label, value in values.items():
+    def close(summary: dict[str, float]) -> None:
+        for label, value in summary.items():
             writer.add_scalar(label, value)
+        writer.close()
 
-    return Mirror("TensorBoard", log, summarise, writer.close)
+    return Mirror("TensorBoard", log, close)
 
 
 _LINE = "{desc} |{bar}| {remaining} left, {rate_fmt}"
-
-
-class _CellText:
-    """One updated text output a notebook cell: a cell that trains fifty runs shows the latest.
-
-    Widgets would stay in the saved notebook, and GitHub renders no notebook that holds their state.
-    """
-
-    def __init__(self) -> None:
-        self._cell, self._runs, self._handle = None, 0, None
-
-    def next_run(self) -> None:
-        """Start the text of another run, in the cell's output if it has one."""
-        from IPython import display, get_ipython
-
-        cell = getattr(get_ipython(), "execution_count", None)
-        if cell is None or cell != self._cell:
-            self._cell, self._runs = cell, 0
-            self._handle = display.display({"text/plain": ""}, raw=True, display_id=True)
-        self._runs += 1
-
-    def show(self, text: str) -> None:
-        number = f"run {self._runs}, " if self._runs > 1 else ""
-        self._handle.update({"text/plain": number + text}, raw=True)
-
-
-_cell_text = _CellText()
+_output: tuple[Any, Any] = (None, None)  # the cell that showed a line last, and its output's handle
+_warned: set[str] = set()
 
 
 def say(text: str) -> None:
-    """One line about a run: in the cell's updated output in a notebook, else printed."""
+    """One line about a run: printed, but in a notebook as the one output that each cell updates.
+
+    A cell that trains fifty runs shows the latest. Widgets would stay in the saved notebook, and
+    GitHub renders no notebook that holds their state.
+    """
+    global _output
     ipython = sys.modules.get("IPython")
     if ipython is None or ipython.get_ipython() is None:
         print(text)
+        return
+    cell, handle = ipython.get_ipython().execution_count, _output[1]
+    if handle is not None and cell == _output[0]:
+        handle.update({"text/plain": text}, raw=True)
     else:
-        _cell_text.next_run()
-        _cell_text.show(text)
-
-
-_said: set[str] = set()
+        handle = ipython.display.display({"text/plain": text}, raw=True, display_id=True)
+        _output = cell, handle
 
 
 def warn(text: str) -> None:
     """Say it, but once a session. Python's own warnings go to stderr, which notebooks store."""
-    if text not in _said:
-        _said.add(text)
+    if text not in _warned:
+        _warned.add(text)
         say(text)
 
 
 class _NotebookBar(tqdm):
     """tqdm in the cell's text output."""
 
-    def __init__(self, **kwargs) -> None:
-        _cell_text.next_run()
+    def __init__(self, **settings: Any) -> None:
         # Two lines: together they would be wider than the output of a notebook.
         shape = _LINE.replace(" |{bar}", "\n|{bar:40}")
-        super().__init__(file=io.StringIO(), ascii=False, **kwargs | {"bar_format": shape})
+        super().__init__(file=io.StringIO(), ascii=False, **settings | {"bar_format": shape})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        _cell_text.show(msg or str(self))
+        say(msg or str(self))
 
 
 def watched() -> str | None:
@@ -287,8 +244,7 @@ class Progress:
     """Counts images of one training; `epoch` adds the latest scores to the bar and the log."""
 
     def __init__(self, name: str, *, total: int, done: int, log: Path, show: bool) -> None:
-        place = watched() if show else None
-        kind = {"notebook": _NotebookBar, "terminal": tqdm}.get(place)
+        kind = {"notebook": _NotebookBar, "terminal": tqdm}.get(watched() if show else None)
         self._bar = kind and kind(
             desc=name, total=total, initial=done, unit=" images", unit_scale=True, bar_format=_LINE
         )
@@ -299,7 +255,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(images)
 
-    def epoch(self, row: dict, epochs: int) -> None:
+    def epoch(self, row: dict[str, float], epochs: int) -> None:
         self.note(
             f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.4f} train "
             f"{row['val_loss']:.4f} val, accuracy {100 * row['train_accuracy']:.2f} % train "

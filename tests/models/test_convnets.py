@@ -1,6 +1,8 @@
 """The convolutional networks: their common form, published sizes, twins, and refused arguments."""
 
+import functools
 import json
+from types import FunctionType
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
 
 import labutils as lab
 from labutils.training.key import identify
@@ -463,6 +466,8 @@ def test_weights_of_a_network_with_layers_from_torchvision_are_named_by_the_weig
     """Another version of torchvision, whose source reads differently, finds the same run."""
     model = build("resnet18")
     before = identify(model, seed=7)
-    monkeypatch.setattr("labutils.training.key._code", lambda kind: b"other source")
+    forward = BasicBlock.forward
+    newer = FunctionType((lambda self, x: x).__code__, forward.__globals__)
+    monkeypatch.setattr(BasicBlock, "forward", functools.update_wrapper(newer, forward))
     assert identify(model, seed=7) == before
     assert before[1] != "seed"

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import hashlib
 import json
 import os
 import re
@@ -17,9 +18,17 @@ from torch import nn
 
 import labutils as lab
 from labutils.evaluation.metrics import evaluate
-from labutils.training import runs
+from labutils.training import cards, runs
 from labutils.training.key import run_key
-from labutils.training.runs import RunError, find, load_weights, publish, save_weights, settle
+from labutils.training.runs import (
+    RunError,
+    find,
+    finish,
+    load_weights,
+    open_part,
+    publish,
+    save_weights,
+)
 
 CONFIG = lab.TrainConfig(epochs=2, batch_size=16)
 
@@ -44,6 +53,10 @@ def run(data):
     return train(data)
 
 
+def card_of(path):
+    return json.loads(path.read_text())
+
+
 def same_weights(model, other):
     pairs = zip(model.state_dict().values(), other.state_dict().values())
     return all(torch.equal(a, b) for a, b in pairs)
@@ -55,7 +68,7 @@ def test_a_finished_run_is_found_with_its_weights(run):
     assert found.stored
     assert found.model is model
     assert same_weights(model, run.model)
-    assert (found.name, found.place, found.info) == (run.name, run.place, run.info)
+    assert (found.name, found.path, found.info) == (run.name, run.path, run.info)
     assert found.rows == run.rows
     assert find("0123456789ab", model) is None
 
@@ -75,10 +88,10 @@ def test_a_run_tells_its_numbers(run):
 def test_a_published_run_reads_back_equal(run, data, weights):
     metrics = run.test(data)
     card = publish(run, weights=weights, command="make report")
-    shutil.rmtree(run.place)
+    shutil.rmtree(run.path)
     model = make_model()
     found = find(run.key, model)
-    assert (found.place, found.stored, found.name) == (card, True, run.name)
+    assert (found.path, found.stored, found.name) == (card, True, run.name)
     assert found.info == run.info
     assert found.rows == run.rows
     assert found.test(data) == metrics
@@ -98,7 +111,7 @@ def test_weights_published_in_half_precision_take_half_the_space_and_come_close(
     whole = publish(run, weights=True, command="").with_suffix(".safetensors").stat().st_size
     card = publish(run, weights=True, command="", half=True)
     assert card.with_suffix(".safetensors").stat().st_size < 0.6 * whole
-    shutil.rmtree(run.place)
+    shutil.rmtree(run.path)
     found = find(run.key, make_model())
     assert found.test(data) == metrics
     for near, exact in zip(found.model.parameters(), run.model.parameters()):
@@ -120,9 +133,9 @@ def test_weights_too_large_for_half_precision_are_refused(run):
 
 def test_the_runs_folder_goes_before_published_runs(run):
     card = publish(run, weights=False, command="")
-    assert find(run.key, make_model()).place == run.place
-    shutil.rmtree(run.place)
-    assert find(run.key, make_model()).place == card
+    assert find(run.key, make_model()).path == run.path
+    shutil.rmtree(run.path)
+    assert find(run.key, make_model()).path == card
 
 
 def test_tested_and_published_are_the_best_weights_whatever_became_of_the_model(run, data):
@@ -191,8 +204,9 @@ def test_metrics_are_measured_once_and_stored(run, data, monkeypatch):
     assert run.test(data) is metrics
     found = find(run.key, make_model())
     assert found.test(data) == metrics
-    assert asdict(metrics) | {"accuracy_interval": list(metrics.accuracy_interval)} == json.loads(
-        (run.place / "test.json").read_text()
+    assert (
+        asdict(metrics) | {"accuracy_interval": list(metrics.accuracy_interval)}
+        == card_of(run.path / "card.json")["test"]
     )
 
 
@@ -201,7 +215,7 @@ def test_metrics_on_other_data_are_refused(run, data):
     wanted = f"trained on data {data.fingerprint}, asked to test on {other.fingerprint}"
     with pytest.raises(RunError, match=f"run: {wanted}.*same name, val_size and seed"):
         run.test(other)
-    assert not (run.place / "test.json").exists()
+    assert card_of(run.path / "card.json")["test"] is None
 
 
 def cut(path, tenths=5):
@@ -209,19 +223,14 @@ def cut(path, tenths=5):
     path.write_bytes(content[: len(content) * tenths // 10])
 
 
-def cut_after_a_row(path):
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
-
-
 def empty_list(path):
     path.write_text("[]")
 
 
 FOLDER_DAMAGES = [
-    *[(file, Path.unlink) for file in ("run.json", "history.csv", "best.safetensors")],
-    *[(file, cut) for file in ("run.json", "test.json", "history.csv", "best.safetensors")],
-    *[(file, empty_list) for file in ("run.json", "test.json", "best.safetensors")],
-    ("history.csv", cut_after_a_row),
+    (file, damage)
+    for file in ("card.json", "best.safetensors")
+    for damage in (Path.unlink, cut, empty_list)
 ]
 CARD_DAMAGES = [(".json", cut), (".json", empty_list), (".safetensors", cut)]
 
@@ -229,8 +238,8 @@ CARD_DAMAGES = [(".json", cut), (".json", empty_list), (".safetensors", cut)]
 @pytest.mark.parametrize(("file", "damage"), FOLDER_DAMAGES)
 def test_a_damaged_run_is_named_and_can_be_trained_anew(run, data, file, damage):
     run.test(data)
-    damage(run.place / file)
-    wanted = rf"stored run {run.place} is damaged .*Remove it, or .*retrain=True"
+    damage(run.path / file)
+    wanted = rf"stored run {run.path} is damaged .*Remove it, or .*retrain=True"
     with pytest.raises(RunError, match=re.compile(wanted, re.DOTALL)):
         train(data)
     again = train(data, retrain=True)
@@ -241,7 +250,7 @@ def test_a_damaged_run_is_named_and_can_be_trained_anew(run, data, file, damage)
 @pytest.mark.parametrize(("suffix", "damage"), CARD_DAMAGES)
 def test_a_damaged_publication_is_named(run, suffix, damage):
     card = publish(run, weights=True, command="")
-    shutil.rmtree(run.place)
+    shutil.rmtree(run.path)
     damage(card.with_suffix(suffix))
     wanted = rf"stored run {card} is damaged .*Remove it, or .*retrain=True"
     with pytest.raises(RunError, match=re.compile(wanted, re.DOTALL)):
@@ -253,7 +262,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, moment):
-    """Let settle die at its n-th change on disk: before it for even n, after it for odd n."""
+    """Let finish die at its n-th change on disk: before it for even n, after it for odd n."""
     changes = iter(range(0, 100, 2))
 
     def dying(change):
@@ -262,7 +271,7 @@ def kill_at(monkeypatch, moment):
             if number == moment:
                 raise Killed
             if number + 1 == moment and change is shutil.rmtree:
-                (Path(path) / "run.json").unlink()
+                (Path(path) / "card.json").unlink()
                 raise Killed
             result = change(path, *args, **kwargs)
             if number + 1 == moment:
@@ -273,30 +282,44 @@ def kill_at(monkeypatch, moment):
 
     monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
     monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    monkeypatch.setattr(Path, "replace", dying(Path.replace))
 
 
 @pytest.mark.parametrize("name", ["run", "other"])
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize("moment", range(10))
 def test_a_kill_while_a_run_is_replaced_loses_nothing(run, name, moment):
-    part = run.place.with_name(f"{name}-{run.key}.part")
-    shutil.copytree(run.place, part)
+    def finish_again():
+        part = open_part(name, run.key)
+        return finish(part, name, run.key, run.info, run.rows, run.model.state_dict())
+
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, moment)
         with pytest.raises(Killed):
-            settle(part)
+            finish_again()
     found = find(run.key, make_model())
     assert found.rows == run.rows
     assert found.name in ("run", name)
-    if not part.exists():
-        shutil.copytree(found.place, part)
-    assert settle(part) == part.with_suffix("")
-    assert [path for path in part.parent.iterdir() if path.name != ".locks"] == [
-        part.with_suffix("")
-    ]
+    path = finish_again()
+    assert path == run.path.with_name(f"{name}-{run.key}")
+    assert [path for path in path.parent.iterdir() if path.name != ".locks"] == [path]
+    assert sorted(file.name for file in path.iterdir()) == ["best.safetensors", "card.json"]
+    again = find(run.key, make_model())
+    assert (again.name, again.info, again.rows) == (name, run.info, run.rows)
+    assert same_weights(again.model, run.model)
+
+
+def test_an_unfinished_run_is_taken_up_under_whatever_name_without_stray_files(tmp_path):
+    part = open_part("first", "0123456789ab")
+    assert part == tmp_path / "runs" / "first-0123456789ab.part"
+    (part / "last.pt").write_text("state")
+    (part / ".last.pt.1234.tmp").write_text("half")
+    assert open_part("second", "0123456789ab") == part
+    assert [path.name for path in part.iterdir()] == ["last.pt"]
+    assert open_part("second", "0123456789ac") != part
 
 
 def test_weights_that_do_not_fit_are_refused(run, tmp_path):
-    weights = run.place / "best.safetensors"
+    weights = run.path / "best.safetensors"
     with pytest.raises(
         ValueError, match=r"best.safetensors does not fit the model: .*\s+size mismatch"
     ):
@@ -338,7 +361,8 @@ def config_of(stored):
 def test_published_runs_are_found_by_what_they_computed():
     assert CARDS
     for path in CARDS:
-        card = json.loads(path.read_text())
+        # Checks the digest, the file's name, and the key.
+        card = cards.read(path)
         info = card["info"]
         config = config_of(info["config"])
         data = SimpleNamespace(fingerprint=info["data"]["fingerprint"])
@@ -354,6 +378,7 @@ def test_published_weights_fit_their_models_and_stay_small():
     assert weights
     for path in weights:
         card = json.loads(path.with_suffix(".json").read_text())
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == card["weights"]
         load_weights(lab.build(card["info"]["model"]), path)
         # A network that is looked at after its first epoch is not judged by its test accuracy.
         assert card["test"] or "first-epoch" in path.name
@@ -364,11 +389,159 @@ def test_scores_with_test_time_flip_are_stored_apart(run, data, monkeypatch):
     plain, flipped = run.test(data), run.test(data, tta=True)
     assert plain != flipped
     assert flipped == evaluate(run.model, data.test, tta=True)
-    assert sorted(path.name for path in run.place.glob("test*")) == ["test.json", "test_flip.json"]
+    card = card_of(run.path / "card.json")
+    assert (card["test"]["loss"], card["test_flip"]["loss"]) == (plain.loss, flipped.loss)
     monkeypatch.delattr("labutils.evaluation.metrics.evaluate")
     card = publish(run, weights=False, command="")
     for _ in range(2):
         found = find(run.key, make_model())
         assert (found.test(data), found.test(data, tta=True)) == (plain, flipped)
-        shutil.rmtree(run.place, ignore_errors=True)
-    assert found.place == card
+        shutil.rmtree(run.path, ignore_errors=True)
+    assert found.path == card
+
+
+def is_damaged(key):
+    try:
+        find(key, make_model())
+    except RunError as error:
+        return "is damaged" in str(error)
+    return False
+
+
+@pytest.mark.parametrize("file", ["card.json", "best.safetensors"])
+def test_every_flipped_bit_is_noticed(run, data, file):
+    run.test(data)
+    path = run.path / file
+    whole = path.read_bytes()
+    assert not is_damaged(run.key)
+    # Every byte of the card once, each of its bits many times; of the weights, a sample.
+    positions = range(len(whole)) if file == "card.json" else range(0, len(whole), 11)
+    for position in positions:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position * 5 + position // 8) % 8
+        path.write_bytes(damaged)
+        assert is_damaged(run.key), (position, whole[position : position + 20])
+
+
+def test_a_flipped_bit_of_a_published_run_is_noticed(run):
+    card = publish(run, weights=True, command="make report")
+    shutil.rmtree(run.path)
+    for path in (card, card.with_suffix(".safetensors")):
+        whole = path.read_bytes()
+        for position in range(0, len(whole), 53):
+            path.write_bytes(
+                whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :]
+            )
+            assert is_damaged(run.key)
+        path.write_bytes(whole)
+    assert not is_damaged(run.key)
+
+
+def rewrite(path, **changes):
+    """Change a card as somebody would who knows how its digest is made."""
+    cards.write(path, card_of(path) | changes)
+
+
+def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
+    card = publish(run, weights=False, command="")
+    shutil.rmtree(run.path)
+    other = dict(run.info, config=run.info["config"] | {"lr": 0.5})
+    for changes, wanted in [
+        ({"info": other}, "not the key of its settings"),
+        ({"name": "../outside"}, r"\.\./outside-\w+ is not the name of this card"),
+        ({"key": "0123456789ab"}, "run-0123456789ab is not the name"),
+    ]:
+        before = card.read_bytes()
+        rewrite(card, **changes)
+        with pytest.raises(RunError, match=rf"is damaged .*{wanted}"):
+            find(run.key, make_model())
+        card.write_bytes(before)
+    shutil.copy(card, card.with_name(f"copy-{run.key}.json"))
+    card.unlink()
+    with pytest.raises(RunError, match=r"is damaged .*run-.* is not the name of this card"):
+        find(run.key, make_model())
+
+
+def test_a_name_does_not_lead_a_publication_out_of_its_folder(run, tmp_path):
+    for name, key in (("../../run", run.key), ("a/b", run.key), ("run", "0123456789ab")):
+        run.name, run.key = name, key
+        with pytest.raises(ValueError, match="is not the name of this card"):
+            publish(run, weights=True, command="")
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(run, value):
+    with torch.no_grad():
+        next(run.model.parameters()).flatten()[3] = value
+    save_weights(run.weights, run.model.state_dict())
+    with pytest.raises(ValueError, match=r"best.safetensors has values .* that are not finite"):
+        load_weights(make_model(), run.weights)
+    digest = hashlib.sha256(run.weights.read_bytes()).hexdigest()
+    rewrite(run.path / "card.json", weights=digest)
+    assert is_damaged(run.key)
+
+
+def test_a_buffer_may_hold_infinity(tmp_path):
+    """Masks of attention do."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    save_weights(tmp_path / "weights", model.state_dict())
+    load_weights(model, tmp_path / "weights")
+
+
+def test_weights_of_another_run_are_not_taken_for_its_own(run):
+    card = publish(run, weights=True, command="")
+    shutil.rmtree(run.path)
+    save_weights(card.with_suffix(".safetensors"), lab.MLP(36, [8], 3).state_dict())
+    assert is_damaged(run.key)
+
+
+def test_a_publication_takes_the_place_of_one_under_another_name(run):
+    older = publish(run, weights=True, command="")
+    run.name = "renamed"
+    card = publish(run, weights=False, command="")
+    assert card != older
+    assert sorted(path.name for path in card.parent.iterdir()) == [card.name]
+
+
+def test_a_card_without_weights_does_not_keep_those_of_an_earlier_training(run):
+    card = publish(run, weights=True, command="")
+    publish(run, weights=False, command="")
+    assert not card.with_suffix(".safetensors").exists()
+    assert card_of(card)["weights"] is None
+
+
+def test_weights_of_a_run_that_was_replaced_are_not_published_as_its_own(run, data):
+    again = train(data, retrain=True)
+    assert again.path == run.path
+    rewrite(run.path / "card.json", info=again.info | {"seconds": 123.0})
+    with pytest.raises(RunError, match="is gone; another run of the same settings"):
+        publish(run, weights=True, command="")
+
+
+def test_metrics_that_cannot_be_stored_are_returned_all_the_same(run, data, monkeypatch, capsys):
+    def full(path, value):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(cards, "write_json", full)
+    assert run.test(data) == evaluate(run.model, data.test)
+    assert "run: its test metrics are not stored" in capsys.readouterr().out
+
+
+def test_a_history_is_a_table_that_keeps_every_bit(run):
+    rows = [
+        {"epoch": 1, "loss": 5e-324, "lr": 1 / 3},
+        {"epoch": 2, "loss": 1.7976931348623157e308, "lr": -0.0},
+        {"epoch": 3, "loss": 0.1 + 0.2, "lr": 2.0**-1074 * 3},
+    ]
+    part = open_part("run", run.key)
+    finish(part, "run", run.key, run.info, rows, run.model.state_dict())
+    found = find(run.key, make_model())
+    # repr tells -0.0 from 0.0 and int from float.
+    assert repr(found.rows) == repr(rows)
+    frame = found.history
+    assert (frame.index.name, list(frame.index)) == ("epoch", [1, 2, 3])
+    assert list(frame.columns) == ["loss", "lr"]
+    run.rows = []
+    assert len(run.history) == 0

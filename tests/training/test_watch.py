@@ -1,11 +1,14 @@
-"""The table of a run on disk, and its mirrors: never in the way, never asking for anything."""
+"""What is shown of a run, and its mirrors: never in the way, never asking for anything."""
 
 import io
-import math
 import os
 import re
+import signal
+import subprocess
 import sys
 import termios
+import threading
+import time
 import tty
 import warnings
 from contextlib import ExitStack, suppress
@@ -13,13 +16,19 @@ from types import ModuleType, SimpleNamespace
 
 import IPython
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from IPython import display as ipython_display
 
-from labutils.base import files
 from labutils.training import watch
-from labutils.training.watch import History, Mirror, Progress, open_mirrors, say, warn, watched
+from labutils.training.watch import (
+    Mirror,
+    Progress,
+    close_mirrors,
+    log_row,
+    open_mirrors,
+    say,
+    warn,
+    watched,
+)
 
 ROW = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.123456789}
 
@@ -67,71 +76,13 @@ def fake_wandb(monkeypatch):
     return seen
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(), max_size=6))
-@example([5e-324, 1.7976931348623157e308, 0.1, 1 / 3, math.inf, -math.inf, -0.0, math.nan])
-def test_the_csv_file_keeps_every_bit(tmp_path_factory, values):
-    rows = [{"epoch": i, "loss": value, "lr": -value} for i, value in enumerate(values, 1)]
-    path = tmp_path_factory.mktemp("history") / "history.csv"
-    History(rows).save(path)
-    again = History.load(path)
-    # repr tells -0.0 from 0.0, int from float, and takes nan for nan.
-    assert repr(again.rows) == repr(rows)
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_history_is_a_table_indexed_by_epoch():
-    history = History([ROW, ROW | {"epoch": 2, "train_loss": 0.25}])
-    frame = history.frame()
-    assert (frame.index.name, list(frame.index)) == ("epoch", [1, 2])
-    assert list(frame.columns) == ["train_loss", "val_loss"]
-    assert list(frame.train_loss) == [0.5, 0.25]
-    assert len(History().frame()) == 0
-
-
-def test_a_history_does_not_share_its_rows_with_the_caller():
-    row = dict(ROW)
-    history = History([row])
-    row["train_loss"] = 9.0
-    assert history.rows == [ROW]
-
-
-@pytest.mark.parametrize("failing", ["fsync", "rows"])
-def test_a_save_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, failing):
-    path, rows = tmp_path / "history.csv", [ROW, ROW | {"epoch": 2}]
-    History([ROW]).save(path)
-    before = path.read_bytes()
-    if failing == "fsync":
-
-        def full(handle):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(files.os, "fsync", full)
-    else:
-        rows[1]["surprise"] = 1.0
-    with pytest.raises((OSError, ValueError)):
-        History(rows).save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    "text", ["epoch,loss\n1,0.5\n2", "epoch,loss\n1,0.5,7\n", "epoch,a\n1,x\n"]
-)
-def test_a_damaged_file_is_a_value_error(tmp_path, text):
-    (tmp_path / "history.csv").write_text(text)
-    with pytest.raises(ValueError, match=r"zip\(\)|could not convert"):
-        History.load(tmp_path / "history.csv")
-
-
 def test_tensorboard_can_read_what_was_logged(start, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (mirror,) = start("tensorboard")
-    mirror.log(ROW)
-    mirror.log(ROW | {"epoch": 2, "val_loss": 0.0625})
-    mirror.summarise({"test_accuracy": 0.75})
-    mirror.close()
+    mirrors = start("tensorboard")
+    log_row(mirrors, ROW)
+    log_row(mirrors, ROW | {"epoch": 2, "val_loss": 0.0625})
+    close_mirrors(mirrors, {"test_accuracy": 0.75})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = [(event.step, event.value) for event in events.Scalars("val_loss")]
     assert found == [(1, pytest.approx(0.123456789)), (2, 0.0625)]
@@ -181,12 +132,11 @@ def test_a_login_without_network_falls_back_to_offline_with_one_warning(
         monkeypatch.setenv(name, value)
     (tmp_path / "netrc").write_text(netrc)
     with pytest.warns(UserWarning, match="no route to host.*offline.*wandb sync") as caught:
-        (mirror,) = start("auto")
+        mirrors = start("auto")
     assert len(caught) == 1
     assert [call["mode"] for call in fake_wandb.calls] == ["online", "offline"]
-    mirror.log(ROW)
-    mirror.summarise({"test_loss": 0.5})
-    mirror.close()
+    log_row(mirrors, ROW)
+    close_mirrors(mirrors, {"test_loss": 0.5})
     assert (fake_wandb.rows, fake_wandb.summary) == ([ROW], {"test_loss": 0.5})
     assert fake_wandb.finished == 1
 
@@ -236,13 +186,12 @@ def test_wandb_asked_for_by_name_without_a_login_records_offline(start, tmp_path
     import wandb
 
     with pytest.warns(UserWarning, match="no login found.*offline.*wandb sync") as caught:
-        (mirror,) = start(["wandb"])
+        mirrors = start(["wandb"])
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mirror.log(ROW)
-        mirror.summarise({"test_loss": 0.987654321})
-        mirror.close()
+        log_row(mirrors, ROW)
+        close_mirrors(mirrors, {"test_loss": 0.987654321})
     # W&B writes from a process of its own; this waits until it has ended.
     wandb.teardown()
     (record,) = (tmp_path / "wandb").glob("offline-run-*-abc*/*.wandb")
@@ -254,10 +203,9 @@ def test_disabled_wandb_takes_everything_and_keeps_nothing(start, tmp_path, monk
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        (mirror,) = start("auto")
-        mirror.log(ROW)
-        mirror.summarise({"test_loss": 0.5})
-        mirror.close()
+        mirrors = start("auto")
+        log_row(mirrors, ROW)
+        close_mirrors(mirrors, {"test_loss": 0.5})
     assert not list(tmp_path.rglob("*.wandb"))
 
 
@@ -269,24 +217,123 @@ def test_a_mirror_that_fails_midway_warns_once_and_is_left_alone():
         if len(seen) == 2:
             raise ConnectionError("gone")
 
-    mirror = Mirror("Cloud", log, seen.append, lambda: seen.append("closed"))
-    mirror.log(ROW)
-    with pytest.warns(UserWarning, match=r"Cloud stopped.*\(gone\).*history\.csv"):
-        mirror.log(ROW)
+    mirrors = [Mirror("Cloud", log, seen.append)]
+    log_row(mirrors, ROW)
+    with pytest.warns(UserWarning, match=r"Cloud stopped recording \(gone\)") as caught:
+        log_row(mirrors, ROW)
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mirror.log(ROW)
-        mirror.summarise({"a": 1.0})
-        mirror.close()
+        log_row(mirrors, ROW)
+        close_mirrors(mirrors, {"a": 1.0})
     assert len(seen) == 2
 
 
-def test_a_keyboard_interrupt_is_not_mistaken_for_a_failing_mirror():
-    def log(row):
-        raise KeyboardInterrupt
+class Fatal(BaseException):
+    """Not even an Exception."""
 
-    with pytest.raises(KeyboardInterrupt):
-        Mirror("Cloud", log, print, print).log(ROW)
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyError("a"), AssertionError(), Fatal()])
+def test_a_mirror_that_cannot_close_costs_one_warning_and_others_are_closed(error):
+    def close(summary):
+        raise error
+
+    closed = []
+    mirrors = [Mirror("Cloud", print, close), Mirror("Board", print, closed.append)]
+    with pytest.warns(UserWarning, match=r"Cloud stopped recording .*holds it all"):
+        close_mirrors(mirrors, {"a": 1.0})
+    assert closed == [{"a": 1.0}]
+
+
+def test_a_mirror_that_hangs_is_waited_for_only_so_long(monkeypatch):
+    monkeypatch.setattr(watch, "PATIENCE", 0.2)
+    stuck = threading.Event()
+    mirrors = [Mirror("Cloud", lambda row: stuck.wait(), print)]
+    started = time.monotonic()
+    with pytest.warns(UserWarning, match=r"Cloud stopped recording \(no answer in 0.2 s\)"):
+        log_row(mirrors, ROW)
+    assert time.monotonic() - started < 5
+    assert mirrors == []
+    stuck.set()
+
+
+def test_ctrl_c_reaches_the_training_while_a_mirror_works():
+    def log(row):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    mirrors = [Mirror("Cloud", log, print)]
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            log_row(mirrors, ROW)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize(
+    ("variables", "netrc"),
+    [
+        ({"WANDB_MODE": "offline", "WANDB_PROJECT": "a/b"}, b""),
+        ({"WANDB_MODE": "garbage"}, b""),
+        ({"WANDB_BASE_URL": "http://[", "WANDB_MODE": "online"}, b""),
+        ({"WANDB_BASE_URL": "http://["}, b""),
+        ({"WANDB_MODE": "online"}, b"machine api.wandb.ai login \xff\xfe password \xe9\n"),
+        ({}, b"machine api.wandb.ai login \xff\xfe password \xe9\n"),
+    ],
+)
+def test_nothing_in_the_environment_lets_a_mirror_fail_a_training(
+    start, tmp_path, monkeypatch, variables, netrc
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "netrc").write_bytes(netrc)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mirrors = start("auto")
+        log_row(mirrors, ROW)
+        close_mirrors(mirrors, {"test_loss": 0.5})
+    assert len([w for w in caught if issubclass(w.category, UserWarning)]) <= 1
+
+
+PROGRAM = """
+import sys, time, psutil
+from pathlib import Path
+from labutils.training import watch
+def start(folder):
+    named = {"name": "n", "key": "abc", "folder": Path(folder), "settings": {}}
+    return watch.open_mirrors("auto", **named)
+mirrors = start(sys.argv[1])
+if sys.argv[2] == "at exit":
+    watch.close_mirrors(mirrors, {})
+[service] = [p for p in psutil.Process().children(recursive=True) if p.name() == "wandb-core"]
+service.suspend()
+watch.PATIENCE = 2.0
+if sys.argv[2] != "at exit":
+    watch.log_row(mirrors, {"epoch": 1, "loss": 0.5})
+    watch.close_mirrors(mirrors, {"a": 1.0})
+    print("closed", flush=True)
+    watch.PATIENCE = 60.0
+    again = start(sys.argv[1])
+    watch.log_row(again, {"epoch": 1, "loss": 0.5})
+    watch.close_mirrors(again, {"a": 1.0})
+    print("again", flush=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["at exit", "before"])
+def test_a_stopped_wandb_service_blocks_neither_the_run_nor_the_exit(tmp_path, moment):
+    environment = os.environ | {
+        "WANDB_MODE": "offline",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    environment.pop("WANDB_SERVICE", None)  # that of this process, if another test has started one
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), moment]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("" if moment == "at exit" else "closed\nagain\n")
+    assert done.stderr.count("stopped recording (no answer in 2 s)") == (moment == "before")
+    assert "Traceback" not in done.stderr
 
 
 EPOCH = {
@@ -337,21 +384,38 @@ def terminal(monkeypatch):
         monkeypatch.undo()
 
 
+class Shown(list):
+    """All that was displayed; .outputs: what each new output of a cell began with."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = []
+
+
 @pytest.fixture
-def notebook(monkeypatch):
+def shell(monkeypatch):
+    shell = SimpleNamespace(execution_count=7)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    return shell
+
+
+@pytest.fixture
+def notebook(monkeypatch, shell):
     """Pretend that JupyterLab started this kernel; returns everything that was displayed."""
-    shown = []
+    shown = Shown()
     handle = SimpleNamespace(update=lambda bundle, raw: shown.append(bundle))
 
     def display(bundle, *, raw, display_id):
         assert raw
         assert display_id
         shown.append(bundle)
+        shown.outputs.append(bundle)
         return handle
 
     monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
     monkeypatch.setenv("JPY_SESSION_NAME", "1.1_mlp.ipynb")
     monkeypatch.setattr(ipython_display, "display", display)
+    monkeypatch.setattr(watch, "_output", (None, None))
     return shown
 
 
@@ -473,22 +537,20 @@ def test_show_false_prints_nothing(train, terminal, notebook, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_runs_of_one_cell_share_one_output(train, notebook, monkeypatch):
-    shell = SimpleNamespace(execution_count=7)
-    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+def test_the_runs_of_one_cell_share_one_output(train, notebook, shell):
     train()
     train()
     say("loaded")
-    assert [bundle["text/plain"] for bundle in notebook].count("") == 1
-    assert notebook[-1] == {"text/plain": "run 3, loaded"}
-    shell.execution_count = 8
-    say("loaded")
-    assert [bundle["text/plain"] for bundle in notebook].count("") == 2
+    assert len(notebook.outputs) == 1
     assert notebook[-1] == {"text/plain": "loaded"}
+    shell.execution_count = 8
+    say("loaded too")
+    assert len(notebook.outputs) == 2
+    assert notebook[-1] == {"text/plain": "loaded too"}
 
 
 def test_a_warning_is_given_once(capsys, monkeypatch):
-    monkeypatch.setattr(watch, "_said", set())
+    monkeypatch.setattr(watch, "_warned", set())
     for text in ("slow", "odd", "slow"):
         warn(text)
     assert capsys.readouterr() == ("slow\nodd\n", "")

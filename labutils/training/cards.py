@@ -1,0 +1,96 @@
+"""How a run is written: its card, and its weights. What is read is what was written, or an error.
+
+A card is a JSON file: name, key, digest (of the rest of the card), weights (SHA-256 of their file,
+or null), command, test metrics, info and history.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..base.files import atomic_write, digest, write_json
+from .key import recorded_key
+
+
+class RunError(RuntimeError):
+    """A run cannot be started, stored, continued or used."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises ValueError if it is not as write left it, or the card of another run."""
+    text = path.read_text(encoding="utf-8")
+    card = json.loads(text)
+    if card["digest"] != _card_digest(text):
+        raise ValueError(f"{path.name} is not what was written: its digest is of another text")
+    home = path.parent.name.removesuffix(".old") if path.name == "card.json" else path.stem
+    require_own(home, card["name"], card["key"], card["info"])
+    return card
+
+
+def require_own(home: str, name: str, key: str, info: dict[str, Any]) -> None:
+    """Raises ValueError unless home is the name of a run's card or folder, and the key its own."""
+    if home != f"{name}-{key}" or key != recorded_key(info):
+        raise ValueError(
+            f"{name}-{key} is not the name of this card or folder, or not the key of its settings"
+        )
+
+
+def write(path: Path, card: dict[str, Any]) -> None:
+    """Write a card with its digest, atomically."""
+    write_json(path, card | {"digest": _card_digest(json.dumps(card))})
+
+
+def _card_digest(text: str) -> str:
+    """Of all that a card says but its digest; numbers as they are written, to the last digit."""
+    return digest(json.loads(text, parse_float=str) | {"digest": None})
+
+
+def sha256(path: Path) -> str:
+    """Names the content of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a state dict as safetensors, atomically."""
+    from safetensors.torch import save
+
+    with atomic_write(path) as file:
+        file.write(save({name: value.contiguous().cpu() for name, value in state.items()}))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read what save_weights wrote into a model.
+
+    Raises ValueError if it does not fit, or a weight is not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        state = load(path.read_bytes())
+        for name, _ in model.named_parameters():
+            if name in state and not state[name].isfinite().all():
+                raise ValueError(f"{path.name} has values in {name} that are not finite")
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path.name} does not fit the model: {error}") from error
+
+
+def halved(owner: str, content: bytes) -> bytes:
+    """What save_weights wrote, in float16. Raises RunError if a value is too large for it."""
+    from safetensors.torch import load, save
+
+    state = load(content)
+    for name, value in state.items():
+        state[name] = value.half() if value.is_floating_point() else value
+        if not state[name].isfinite().all():
+            raise RunError(
+                f"{owner}: {name} has values up to {value.abs().max():.3g}, float16 ends at 65504. "
+                "Publish it with half=False."
+            )
+    return save(state)
