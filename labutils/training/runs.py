@@ -23,7 +23,7 @@ from torch import nn
 from ..base.files import atomic_write, models_dir, runs_dir, write_json
 from ..data.tensors import ImageData
 from ..evaluation import metrics
-from .watch import History, open_mirrors
+from .watch import History, close_mirrors, open_mirrors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,7 @@ class Run:
     key: str
     info: dict[str, Any]
     rows: list[dict[str, float]]
-    place: Path  # the run's folder, or the card of a published run
+    path: Path  # the run's folder, or the card of a published run
     model: nn.Module | None = None
     stored: bool = False  # found in the store, not trained by this call
     track: Any = None  # what train was asked to mirror to; test metrics go there too
@@ -102,30 +102,28 @@ class Run:
             found = metrics.evaluate(model, data.test, precision=precision, tta=tta)
             self._scores[name] = found
             # An unfinished run goes on in this folder, and its weights will be others.
-            if self.place.is_dir() and self.stop_reason != "interrupted":
-                with disk_errors(self.name, self.place):
-                    write_json(self.place / f"{name}.json", asdict(found))
+            if self.path.is_dir() and self.stop_reason != "interrupted":
+                with disk_errors(self.name, self.path):
+                    write_json(self.path / f"{name}.json", asdict(found))
                 self._mirror({f"{name}/loss": found.loss, f"{name}/accuracy": found.accuracy})
         return self._scores[name]
 
     def _mirror(self, values: dict[str, float]) -> None:
-        named = {"name": self.name, "key": self.key, "folder": self.place}
-        for mirror in open_mirrors(self.track, **named, settings=self.info):
-            mirror.summarise(values)
-            mirror.close()
+        named = {"name": self.name, "key": self.key, "folder": self.path}
+        close_mirrors(open_mirrors(self.track, **named, settings=self.info), values)
 
     @property
     def weights(self) -> Path:
         """Where the weights of the best epoch are, if they are stored."""
-        if self.place.is_dir():
-            return self.place / "best.safetensors"
-        return self.place.with_suffix(".safetensors")
+        if self.path.is_dir():
+            return self.path / "best.safetensors"
+        return self.path.with_suffix(".safetensors")
 
     def require_model(self) -> nn.Module:
         """The model with its best weights. Raises RunError where only the card was published."""
         if self.model is None:
             raise RunError(
-                f"{self.name}: only the card of this run is published ({self.place.name}), "
+                f"{self.name}: only the card of this run is published ({self.path.name}), "
                 "not its weights. Call train with retrain=True to have them."
             )
         return self.model
@@ -173,7 +171,7 @@ def _folders(ending: str) -> list[Path]:
     return [path for path in runs_dir().glob(f"*-{ending}") if path.is_dir()]
 
 
-def _read_folder(place: Path, key: str) -> Run:
+def _read_folder(path: Path, key: str) -> Run:
     info = json.loads((place / "run.json").read_text())
     paths = {name: place / f"{name}.json" for name in _SCORES}
     stored = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
@@ -182,13 +180,13 @@ def _read_folder(place: Path, key: str) -> Run:
         key=key,
         info=info,
         rows=History.load(place / "history.csv").rows,
-        place=place,
+        path=place,
         stored=True,
         _scores=_from_json(stored),
     )
 
 
-def _read_card(place: Path) -> Run:
+def _read_card(path: Path) -> Run:
     card = json.loads(place.read_text())
     columns = card["history"]
     return Run(
@@ -196,7 +194,7 @@ def _read_card(place: Path) -> Run:
         key=card["key"],
         info=card["info"],
         rows=[dict(zip(columns, values)) for values in zip(*columns.values())],
-        place=place,
+        path=place,
         stored=True,
         _scores=_from_json(card),
     )
@@ -277,7 +275,7 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
                 f"{run.name}: {run.weights} is gone; another run of the same settings has replaced "
                 "it. Give every run settings of its own, a seed for example."
             )
-        if run.place != card:
+        if run.path != card:
             kept = _halved(run) if half else run.weights.read_bytes()
             with atomic_write(card.with_suffix(".safetensors")) as file:
                 file.write(kept)
@@ -329,3 +327,25 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(load(path.read_bytes()))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path.name} does not fit the model: {error}") from error
+
+
+def open_part(name: str, key: str) -> Path:
+    part = next(runs_dir().glob(f"*-{key}.part"), runs_dir() / f"{name}-{key}.part")
+    part.mkdir(exist_ok=True)
+    for stray in part.glob(".*.tmp"):
+        stray.unlink()
+    return part
+
+
+def finish(
+    part: Path,
+    name: str,
+    key: str,
+    info: dict[str, Any],
+    rows: list[dict[str, float]],
+    weights: dict[str, torch.Tensor],
+) -> Path:
+    History(rows).save(part / "history.csv")
+    save_weights(part / "best.safetensors", weights)
+    write_json(part / "run.json", info)
+    return settle(part)

@@ -320,3 +320,15 @@ class Progress:
         self._log.close()
         if self._bar is not None:
             self._bar.close()
+
+
+def log_row(mirrors: list[Mirror], row: Row) -> None:
+    for mirror in mirrors:
+        mirror.log(row)
+
+
+def close_mirrors(mirrors: list[Mirror], summary: dict[str, float]) -> None:
+    for mirror in mirrors:
+        if summary:
+            mirror.summarise(summary)
+        mirror.close()

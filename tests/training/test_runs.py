@@ -55,7 +55,7 @@ def test_a_finished_run_is_found_with_its_weights(run):
     assert found.stored
     assert found.model is model
     assert same_weights(model, run.model)
-    assert (found.name, found.place, found.info) == (run.name, run.place, run.info)
+    assert (found.name, found.path, found.info) == (run.name, run.path, run.info)
     assert found.rows == run.rows
     assert find("0123456789ab", model) is None
 
@@ -75,10 +75,10 @@ def test_a_run_tells_its_numbers(run):
 def test_a_published_run_reads_back_equal(run, data, weights):
     metrics = run.test(data)
     card = publish(run, weights=weights, command="make report")
-    shutil.rmtree(run.place)
+    shutil.rmtree(run.path)
     model = make_model()
     found = find(run.key, model)
-    assert (found.place, found.stored, found.name) == (card, True, run.name)
+    assert (found.path, found.stored, found.name) == (card, True, run.name)
     assert found.info == run.info
     assert found.rows == run.rows
     assert found.test(data) == metrics
@@ -98,7 +98,7 @@ def test_weights_published_in_half_precision_take_half_the_space_and_come_close(
     whole = publish(run, weights=True, command="").with_suffix(".safetensors").stat().st_size
     card = publish(run, weights=True, command="", half=True)
     assert card.with_suffix(".safetensors").stat().st_size < 0.6 * whole
-    shutil.rmtree(run.place)
+    shutil.rmtree(run.path)
     found = find(run.key, make_model())
     assert found.test(data) == metrics
     for near, exact in zip(found.model.parameters(), run.model.parameters()):
@@ -120,9 +120,9 @@ def test_weights_too_large_for_half_precision_are_refused(run):
 
 def test_the_runs_folder_goes_before_published_runs(run):
     card = publish(run, weights=False, command="")
-    assert find(run.key, make_model()).place == run.place
-    shutil.rmtree(run.place)
-    assert find(run.key, make_model()).place == card
+    assert find(run.key, make_model()).path == run.path
+    shutil.rmtree(run.path)
+    assert find(run.key, make_model()).path == card
 
 
 def test_tested_and_published_are_the_best_weights_whatever_became_of_the_model(run, data):
@@ -192,7 +192,7 @@ def test_metrics_are_measured_once_and_stored(run, data, monkeypatch):
     found = find(run.key, make_model())
     assert found.test(data) == metrics
     assert asdict(metrics) | {"accuracy_interval": list(metrics.accuracy_interval)} == json.loads(
-        (run.place / "test.json").read_text()
+        (run.path / "test.json").read_text()
     )
 
 
@@ -201,7 +201,7 @@ def test_metrics_on_other_data_are_refused(run, data):
     wanted = f"trained on data {data.fingerprint}, asked to test on {other.fingerprint}"
     with pytest.raises(RunError, match=f"run: {wanted}.*same name, val_size and seed"):
         run.test(other)
-    assert not (run.place / "test.json").exists()
+    assert not (run.path / "test.json").exists()
 
 
 def cut(path, tenths=5):
@@ -229,8 +229,8 @@ CARD_DAMAGES = [(".json", cut), (".json", empty_list), (".safetensors", cut)]
 @pytest.mark.parametrize(("file", "damage"), FOLDER_DAMAGES)
 def test_a_damaged_run_is_named_and_can_be_trained_anew(run, data, file, damage):
     run.test(data)
-    damage(run.place / file)
-    wanted = rf"stored run {run.place} is damaged .*Remove it, or .*retrain=True"
+    damage(run.path / file)
+    wanted = rf"stored run {run.path} is damaged .*Remove it, or .*retrain=True"
     with pytest.raises(RunError, match=re.compile(wanted, re.DOTALL)):
         train(data)
     again = train(data, retrain=True)
@@ -241,7 +241,7 @@ def test_a_damaged_run_is_named_and_can_be_trained_anew(run, data, file, damage)
 @pytest.mark.parametrize(("suffix", "damage"), CARD_DAMAGES)
 def test_a_damaged_publication_is_named(run, suffix, damage):
     card = publish(run, weights=True, command="")
-    shutil.rmtree(run.place)
+    shutil.rmtree(run.path)
     damage(card.with_suffix(suffix))
     wanted = rf"stored run {card} is damaged .*Remove it, or .*retrain=True"
     with pytest.raises(RunError, match=re.compile(wanted, re.DOTALL)):
@@ -278,8 +278,8 @@ def kill_at(monkeypatch, moment):
 @pytest.mark.parametrize("name", ["run", "other"])
 @pytest.mark.parametrize("moment", range(6))
 def test_a_kill_while_a_run_is_replaced_loses_nothing(run, name, moment):
-    part = run.place.with_name(f"{name}-{run.key}.part")
-    shutil.copytree(run.place, part)
+    part = run.path.with_name(f"{name}-{run.key}.part")
+    shutil.copytree(run.path, part)
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, moment)
         with pytest.raises(Killed):
@@ -288,7 +288,7 @@ def test_a_kill_while_a_run_is_replaced_loses_nothing(run, name, moment):
     assert found.rows == run.rows
     assert found.name in ("run", name)
     if not part.exists():
-        shutil.copytree(found.place, part)
+        shutil.copytree(found.path, part)
     assert settle(part) == part.with_suffix("")
     assert [path for path in part.parent.iterdir() if path.name != ".locks"] == [
         part.with_suffix("")
@@ -296,7 +296,7 @@ def test_a_kill_while_a_run_is_replaced_loses_nothing(run, name, moment):
 
 
 def test_weights_that_do_not_fit_are_refused(run, tmp_path):
-    weights = run.place / "best.safetensors"
+    weights = run.path / "best.safetensors"
     with pytest.raises(
         ValueError, match=r"best.safetensors does not fit the model: .*\s+size mismatch"
     ):
@@ -364,11 +364,11 @@ def test_scores_with_test_time_flip_are_stored_apart(run, data, monkeypatch):
     plain, flipped = run.test(data), run.test(data, tta=True)
     assert plain != flipped
     assert flipped == evaluate(run.model, data.test, tta=True)
-    assert sorted(path.name for path in run.place.glob("test*")) == ["test.json", "test_flip.json"]
+    assert sorted(path.name for path in run.path.glob("test*")) == ["test.json", "test_flip.json"]
     monkeypatch.delattr("labutils.evaluation.metrics.evaluate")
     card = publish(run, weights=False, command="")
     for _ in range(2):
         found = find(run.key, make_model())
         assert (found.test(data), found.test(data, tta=True)) == (plain, flipped)
-        shutil.rmtree(run.place, ignore_errors=True)
-    assert found.place == card
+        shutil.rmtree(run.path, ignore_errors=True)
+    assert found.path == card
