@@ -171,7 +171,7 @@ def _folders(ending: str) -> list[Path]:
     return [path for path in runs_dir().glob(f"*-{ending}") if path.is_dir()]
 
 
-def _read_folder(path: Path, key: str) -> Run:
+def _read_folder(place: Path, key: str) -> Run:
     info = json.loads((place / "run.json").read_text())
     paths = {name: place / f"{name}.json" for name in _SCORES}
     stored = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
@@ -186,7 +186,7 @@ def _read_folder(path: Path, key: str) -> Run:
     )
 
 
-def _read_card(path: Path) -> Run:
+def _read_card(place: Path) -> Run:
     card = json.loads(place.read_text())
     columns = card["history"]
     return Run(
