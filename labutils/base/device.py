@@ -1,4 +1,4 @@
-"""The machine: devices, seeds, precision, memory format and threads.
+"""The machine: devices, seeds, precision, memory format, compilation and threads.
 
 Nothing here changes what a training computes by more than rounding.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import platform
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -38,12 +39,9 @@ def device_name(device: torch.device) -> str:
     """What a reader of a result wants to know of a device: the processor's or the GPU's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
+    found = cpuinfo.exists() and re.search(r"(?m)^model name\s*: (.*\S)", cpuinfo.read_text())
+    name = found[1] if found else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 
 
@@ -92,84 +90,56 @@ def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
     stay as they are, and so do a few narrow ones for which that order is not safe.
     """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
-    known = device.type in ("cpu", "cuda")  # elsewhere nobody has looked
-    if known and convolutions and not any(map(_overruns, convolutions)):
-        model.to(memory_format=torch.channels_last)
-
-
-def _overruns(layer: nn.Conv2d) -> bool:
-    """Whether oneDNN's AVX2 code, given channels last, writes past its memory in a backward pass.
-
-    https://github.com/uxlfoundation/oneDNN/issues/6035
-    """
-    return (
+    # In the backward pass of these, oneDNN's AVX2 code writes past its memory:
+    # https://github.com/uxlfoundation/oneDNN/issues/6035
+    unsafe = any(
         layer.kernel_size == (1, 1)
         and max(layer.stride) > 1
         and layer.in_channels // layer.groups < 8
+        for layer in convolutions
     )
+    # On other kinds of device nobody has looked.
+    if convolutions and not unsafe and device.type in ("cpu", "cuda"):
+        model.to(memory_format=torch.channels_last)
 
 
-class Forward:
-    """A model's forward pass in training: takes images, returns logits in float32.
+def compiled(model: nn.Module, on_failure: Callable[[str], None]) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a model by torch.compile; the model itself stays as it is.
 
-    precision: 'float32' or 'bf16', see usable_precision. compiled: whether torch.compile is used.
-    The model itself, its state and the names in it stay as they are, but for the order in memory.
+    Where that fails, at once or when first called, on_failure gets the reason, and the model is
+    called as it is from then on.
     """
+    from torch._dynamo.exc import TorchDynamoException
 
-    def __init__(self, model: nn.Module, asked: str, device: torch.device) -> None:
-        prefer_channels_last(model, device)
-        self.precision, self.compiled = usable_precision(asked, device), False
-        self._autocast = autocast(self.precision, device)
-        self._model = self._call = model
+    forward = model
 
-    def __call__(self, images: Tensor) -> Tensor:
-        with self._autocast:
-            logits = self._call(images)
-        return logits.float()
-
-    def compile(self, on_failure: Callable[[str], None]) -> None:
-        """Use torch.compile from now on. Where it fails, the model is called as it is.
-
-        on_failure: gets the reason, at once or when the model is first called.
-        """
-        from torch._dynamo.exc import TorchDynamoException
-
-        def call(images: Tensor) -> Tensor:
-            try:
-                return compiled(images)
-            # The model has not run: its code is compiled before.
-            except TorchDynamoException as error:
-                fall_back(error)
-                return self._model(images)
-
-        def fall_back(error: Exception) -> None:
-            self._call, self.compiled = self._model, False
-            on_failure(first_line(error))
-
+    def call(images: Tensor) -> Tensor:
+        nonlocal forward
         try:
-            # Each batch size is compiled on its own: code for any size is slower.
-            compiled = torch.compile(self._model, dynamic=False)
-        except RuntimeError as error:
-            fall_back(error)
-        else:
-            self._call, self.compiled = call, True
+            return forward(images)
+        # The model has not run: its code is compiled before.
+        except TorchDynamoException as error:
+            forward = model
+            on_failure(first_line(error))
+            return model(images)
+
+    try:
+        # Each batch size is compiled on its own: code for any size is slower.
+        forward = torch.compile(model, dynamic=False)
+    except RuntimeError as error:
+        on_failure(first_line(error))
+    return call
 
 
-@contextmanager
-def threads(model: nn.Module, batch_size: int, device: torch.device) -> Iterator[None]:
-    """One CPU thread for perceptrons so small that a second one gains next to nothing.
+def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> int:
+    """How many CPU threads to train with: what torch has, but one for small perceptrons.
 
-    Below 4 million multiplications a step it gains a fifth at best (benchmarks/threads.py), and
-    where other programs compete for the cores, waiting for it costs up to a hundred times as much.
+    Below 4 million multiplications a step a second gains a fifth at best (benchmarks/threads.py),
+    and where other programs compete for the cores, waiting for it costs up to a hundredfold.
     """
-    before = torch.get_num_threads()
     holders = [part for part in model.modules() if part._parameters]
     multiplications = batch_size * sum(p.numel() for p in model.parameters())
-    # In other layers, convolutions say, a parameter takes part in many multiplications an image.
+    # In other layers, such as convolutions, a parameter is multiplied many times for one image.
     flat = all(isinstance(part, nn.Linear | nn.BatchNorm1d) for part in holders)
-    if device.type == "cpu" and flat and multiplications < 2**22:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    small = device.type == "cpu" and flat and multiplications < 2**22
+    return 1 if small else torch.get_num_threads()
