@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import labutils as lab
 from labutils.base import device
-from labutils.training import checkpoint, loop, runs, watch
+from labutils.training import checkpoint, loop, watch
 from labutils.training.key import identify, run_key
 from labutils.training.runs import RunError, find, load_weights
 
