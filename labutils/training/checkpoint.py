@@ -89,22 +89,27 @@ class TrainingState:
 
     def end_epoch(self, row: dict[str, float], scored: nn.Module, monitor: str) -> None:
         """Add the row of an epoch, and keep the weights of `scored` if they are the best so far."""
-        sign, best = (1 if monitor == "val_loss" else -1), self.best()
+        sign = 1 if monitor == "val_loss" else -1
+        best = self.rows[self.best_epoch - 1] if self.best_epoch else None
         self.rows.append(row)
         self.epoch, self.batch, self.images, self.hits = row["epoch"], 0, 0, 0
         self.losses, self.epoch_seconds = torch.empty(0), 0.0
-        if not best or sign * row[monitor] < sign * best[monitor]:
+        if best is None or sign * row[monitor] < sign * best[monitor]:
             weights = scored.state_dict().items()
             self.best_weights = {name: value.detach().clone() for name, value in weights}
             self.best_epoch = self.epoch
 
-    def best(self) -> dict[str, float]:
-        """The row of the best epoch so far; empty if there is none."""
-        return self.rows[self.best_epoch - 1] if self.best_epoch else {}
+    def summary(self) -> dict[str, float]:
+        """The row of the best epoch so far, as mirrors show it."""
+        best = self.rows[self.best_epoch - 1] if self.best_epoch else {}
+        return {f"best/{name}": value for name, value in best.items()}
 
 
 def save(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
-    """Write the state and torch's random numbers as one atomic file, behind their SHA-256."""
+    """Write the state and torch's random numbers as one atomic file, behind their SHA-256.
+
+    torch.load alone overlooks every second flipped bit.
+    """
     state.count()
     content = {"key": key, "device": device.type, "rng": torch.get_rng_state()}
     if device.type == "cuda":
@@ -115,7 +120,6 @@ def save(path: Path, key: str, state: TrainingState, device: torch.device) -> No
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as file:
-        # torch.load overlooks every second flipped bit.
         file.write(hashlib.sha256(buffer.getbuffer()).digest())
         file.write(buffer.getbuffer())
 

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 
 import torch
 from torch import nn
@@ -49,18 +49,18 @@ def train(
     """Train a classifier, or load the finished run that did exactly this before.
 
     model: float32 [n, C, H, W] -> logits [n, num_classes]. It is moved to the device of the data
-        and ends with the weights of the best epoch by config.monitor. Where only the card of the
+        and ends with the weights of the best epoch by config.monitor; where only the card of the
         run is published, it stays as it is and the run has no model.
-    name: label of the run, starts its folder's name. retrain: train anew, and replace a stored run.
+    name: starts the name of the run's folder. retrain: train although a finished run is stored.
     track: see watch.open_mirrors. progress: live bar, and a line when a stored run is loaded.
     checkpoint_seconds: longest time of work that a kill can cost.
-    compile: use torch.compile: a minute or more at the start, then faster steps. Like the device
-        and precision 'auto' it changes rounding, and what dropout drops, but not the run's key.
+    compile: use torch.compile: a minute at the start, then faster steps. Like the device and what
+        precision 'auto' comes to, it changes rounding and dropout's choice, but not the key.
 
-    A run that was cut off goes on when it is called for again with a model that is built and seeded
-    alike, and ends with the same bits on the same machine; on a GPU up to cuDNN's algorithms.
+    A run that was cut off goes on when it is called for again, with a model built and seeded like
+    the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows).
     Ctrl-C stops after the current batch, saves, and returns the unfinished run; where it comes too
-    late for that, the run is finished and stored before KeyboardInterrupt is raised.
+    late for that, the run is finished and stored, and KeyboardInterrupt raised.
     Raises ValueError for bad arguments; RunError if the loss stops being finite, a checkpoint
     cannot be continued, or the runs folder cannot be written.
     """
@@ -118,19 +118,16 @@ def _loop(state, data, config, forward, after_step, after_epoch) -> str | None:
 def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
     """All around the loop: what it starts from, who watches it, what is saved and when."""
     with ExitStack() as stack:
-        state = _start_or_continue(run, data, config, stack)
-        total, done = (len(data.train) * epochs for epochs in (config.epochs, state.epoch))
-        watched = {"done": done + state.images, "log": run.path / "train.log", "show": progress}
-        bar = stack.enter_context(closing(watch.Progress(run.name, total=total, **watched)))
+        state = _start_or_continue(run, data, config, compile, stack)
+        size, log = len(data.train), run.path / "train.log"
+        images = {"total": size * config.epochs, "done": size * state.epoch + state.images}
+        bar = watch.Progress(run.name, **images, log=log, show=progress)
+        stack.enter_context(closing(bar))
         named = {"name": run.name, "key": run.key, "folder": run.path}
         mirrors = watch.open_mirrors(run.track, **named, settings=run.info)
-        stack.callback(
-            lambda: watch.close_mirrors(
-                mirrors, {f"best/{name}": value for name, value in state.best().items()}
-            )
-        )
+        stack.callback(lambda: watch.close_mirrors(mirrors, state.summary()))
         forward = _forward(run, config, bar, progress, compile)
-        interrupted = stack.enter_context(_interrupts())
+        interrupted = _interrupts(stack)
         last_save = time.monotonic()
 
         def after_step(images):
@@ -157,7 +154,7 @@ def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
     return run
 
 
-def _start_or_continue(run, data, config, stack) -> checkpoint.TrainingState:
+def _start_or_continue(run, data, config, compile, stack) -> checkpoint.TrainingState:
     """The state at the start of a run or in its last checkpoint, with its seed and threads."""
     run.path = open_part(run.name, run.key)
     run.name = run.path.name.removesuffix(f"-{run.key}.part")  # as it was first called
@@ -180,7 +177,7 @@ def _start_or_continue(run, data, config, stack) -> checkpoint.TrainingState:
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     torch.set_num_threads(state.threads)
     run.rows = state.rows
-    run.info |= {"threads": state.threads, "precision": state.precision, "compiled": False}
+    run.info |= {"threads": state.threads, "precision": state.precision, "compiled": compile}
     return state
 
 
@@ -192,13 +189,12 @@ def _forward(run, config, bar, progress, compile):
         if progress:
             watch.warn(text)
 
-    def fall_back(why):
+    def fall_back(reason):
         run.info["compiled"] = False
-        tell(f"torch.compile fails here ({why}): trained without it")
+        tell(f"torch.compile fails here ({reason}): trained without it")
 
     if config.precision == "bf16" != run.info["precision"]:
         tell(f"{run.info['device']} does not compute in bf16: trained in float32")
-    run.info["compiled"] = compile
     return machine.compiled(run.model, fall_back) if compile else run.model
 
 
@@ -229,18 +225,18 @@ def _require_finite(run, state, data, config, val_loss=0.0) -> None:
     """Raise RunError if a loss of this epoch is not finite; the best weights are saved before."""
     state.count()
     losses = [*state.losses.tolist(), val_loss]
-    bad = [batch for batch, loss in enumerate(losses) if not math.isfinite(loss)]
-    if not bad:
+    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is None:
         return
-    what = "loss" if bad[0] < state.batch else "validation loss"
-    batch, steps = min(bad[0], state.batch - 1), data.train.num_batches(config.batch_size)
+    what = "loss" if bad < state.batch else "validation loss"
+    batch, steps = min(bad, state.batch - 1), data.train.num_batches(config.batch_size)
     lr = config.lr * lr_factor(config, state.epoch * steps + batch, steps)
     kept = "there is none yet"
     if state.best_epoch:
         save_weights(run.path / "best.safetensors", state.best_weights)
         kept = f"{run.path / 'best.safetensors'} (epoch {state.best_epoch})"
     raise RunError(
-        f"train: {run.name}: the {what} became {losses[bad[0]]} in epoch {state.epoch + 1}, "
+        f"train: {run.name}: the {what} became {losses[bad]} in epoch {state.epoch + 1}, "
         f"step {batch + 1} of {steps}, at learning rate {lr:.3g}. "
         f"Last good checkpoint: {kept}. Try a lower lr."
     )
@@ -267,9 +263,7 @@ def _describe(model, data, config, name, track) -> Run:
         "parameters": num_parameters(model),
         "config": dataclasses.asdict(config),
         "data": {
-            "name": data.name,
-            "source": data.source,
-            "fingerprint": data.fingerprint,
+            **{name: getattr(data, name) for name in ("name", "source", "fingerprint")},
             "images": {split: len(getattr(data, split)) for split in ("train", "val", "test")},
         },
         "device": machine.device_name(data.train.images.device),
@@ -282,12 +276,8 @@ def _describe(model, data, config, name, track) -> Run:
 
 def _check_arguments(model, data, config, name, checkpoint_seconds) -> None:
     """Raise ValueError for what cannot be trained; move the model to the data's device."""
-    kinds = {
-        "model": (model, nn.Module),
-        "data": (data, ImageData),
-        "config": (config, TrainConfig),
-    }
-    for argument, (value, kind) in kinds.items():
+    kinds = {"model": nn.Module, "data": ImageData, "config": TrainConfig}
+    for (argument, kind), value in zip(kinds.items(), (model, data, config)):
         if not isinstance(value, kind):
             raise ValueError(f"train: {argument} = {value!r} is no {kind.__name__}.")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
@@ -319,22 +309,17 @@ def _check_arguments(model, data, config, name, checkpoint_seconds) -> None:
         )
 
 
-@contextmanager
-def _interrupts():
+def _interrupts(stack) -> list[int]:
     """A list that Ctrl-C puts something into; a second Ctrl-C does what it always does."""
-    seen, before = [], signal.getsignal(signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    # A job in the background ignores Ctrl-C, which is meant for the one in the foreground.
-    if before in (signal.SIG_IGN, None) or not in_main_thread:
-        yield seen
-        return
+    interrupts, before = [], signal.getsignal(signal.SIGINT)
 
     def note(signum, frame):
-        seen.append(signum)
+        interrupts.append(signum)
         signal.signal(signal.SIGINT, before)
 
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # A job in the background ignores Ctrl-C, which is meant for the one in the foreground.
+    if in_main_thread and before not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, note)
+        stack.callback(signal.signal, signal.SIGINT, before)
+    return interrupts

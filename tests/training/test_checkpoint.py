@@ -119,13 +119,13 @@ def test_a_state_keeps_the_loss_of_each_batch_and_forgets_it_when_the_epoch_ends
 def test_the_first_of_the_best_epochs_is_kept(scores, monitor):
     model = nn.Linear(1, 1, bias=False)
     state = TrainingState(model, torch.optim.SGD(model.parameters()))
-    assert state.best() == {}
+    assert state.summary() == {}
     for epoch, (loss, accuracy) in enumerate(scores, 1):
         nn.init.constant_(model.weight, epoch)
         row = {"epoch": epoch, "val_loss": loss, "val_accuracy": accuracy}
         state.end_epoch(row, model, monitor)
     wanted = (min if monitor == "val_loss" else max)(state.rows, key=lambda row: row[monitor])
-    assert state.best() == wanted
+    assert state.summary()["best/epoch"] == wanted["epoch"]
     assert state.best_weights["weight"].item() == wanted["epoch"]
 
 
