@@ -1,4 +1,4 @@
-"""The machine: devices, seeds, precision, memory format, compilation and threads.
+"""The machine: devices, seeds, precision, memory format, compilation, threads and Ctrl-C.
 
 Nothing here changes what a training computes by more than rounding.
 """
@@ -9,8 +9,10 @@ import os
 import platform
 import random
 import re
+import signal
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader of a result wants to know of a device: the processor's or the GPU's name."""
+    """The name of the processor, with its cores, or of the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -57,8 +59,8 @@ def seed_everything(seed: int) -> None:
 def usable_precision(asked: str, device: torch.device) -> str:
     """'bf16' or 'float32': what 'auto', 'bf16' or 'float32' comes to on a device.
 
-    bf16 means autocast to torch.bfloat16, with weights kept in float32. Where the hardware does not
-    compute with it, it would be emulated, several times slower than float32.
+    bf16: autocast to torch.bfloat16, with weights kept in float32. Only where the hardware computes
+    with it: emulated, it is several times slower than float32.
     """
     return "bf16" if asked != "float32" and _computes_bf16(device) else "float32"
 
@@ -85,9 +87,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
     """Store the weights of a convolutional network pixel by pixel, not channel by channel.
 
-    Convolutions then take and return images in that order, in which they are up to twice as fast
-    (benchmarks/throughput.py). The model's state stays the same number for number. Other models
-    stay as they are, and so do a few narrow ones for which that order is not safe.
+    In that order convolutions are up to twice as fast (benchmarks/throughput.py); no number of the
+    model's state changes. Other models, and a few for which it is not safe, stay as they are.
     """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
     # In the backward pass of these, oneDNN's AVX2 code writes past its memory:
@@ -134,8 +135,8 @@ def compiled(model: nn.Module, on_failure: Callable[[str], None]) -> Callable[[T
 def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> int:
     """How many CPU threads to train with: what torch has, but one for small perceptrons.
 
-    Below 4 million multiplications a step a second gains a fifth at best (benchmarks/threads.py),
-    and where other programs compete for the cores, waiting for it costs up to a hundredfold.
+    Below 4 million multiplications a step a second thread gains a fifth (benchmarks/threads.py),
+    and waiting for it costs up to a hundredfold where other programs compete for the cores.
     """
     holders = [part for part in model.modules() if part._parameters]
     multiplications = batch_size * sum(p.numel() for p in model.parameters())
@@ -143,3 +144,19 @@ def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> i
     flat = all(isinstance(part, nn.Linear | nn.BatchNorm1d) for part in holders)
     small = device.type == "cpu" and flat and multiplications < 2**22
     return 1 if small else torch.get_num_threads()
+
+
+def interrupts(stack: ExitStack) -> list[int]:
+    """A list that Ctrl-C puts something into, until the stack ends; a second one acts as always."""
+    seen, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(signum, frame):
+        seen.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # A job in the background ignores Ctrl-C, which is meant for the one in the foreground.
+    if in_main_thread and before not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, note)
+        stack.callback(signal.signal, signal.SIGINT, before)
+    return seen

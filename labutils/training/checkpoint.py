@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..base.files import atomic_write
+from ..base.settings import first_line
 from .runs import RunError
 
 
@@ -20,7 +21,7 @@ class Average(AveragedModel):
     """Exponential moving average of a model's weights and statistics; `update` after each step.
 
     The first update copies the model. Integer buffers, such as counters, are always copied:
-    torch's own update sends a counter to the device in every step, and waits for it.
+    torch's own update sends them to the device in every step, and waits.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -130,38 +131,32 @@ def load(path: Path, key: str, state: TrainingState, device: torch.device) -> No
     Raises RunError if the file is damaged, belongs to another run or model, or was made on another
     kind of device or in another precision.
     """
-
-    def refusal(why: str) -> RunError:
-        advice = f"Remove {path.parent} to start this run anew."
-        return RunError(f"train: the checkpoint {path} {why}. {advice}")
-
+    advice = f"Remove {path.parent} to start this run anew."
+    needed = f"{device.type} in {state.precision}"
     try:
         stored = path.read_bytes()
         if hashlib.sha256(stored[32:]).digest() != stored[:32]:
-            raise ValueError("wrong SHA-256")
+            raise ValueError("its SHA-256 is another one")
         content = torch.load(io.BytesIO(stored[32:]), map_location=device, weights_only=True)
-    # torch reports what it cannot read as one of a dozen exceptions.
-    except Exception as error:
-        raise refusal(
-            f"cannot be read; it was cut short or is damaged, or is no checkpoint "
-            f"({type(error).__name__})"
-        ) from error
-    if not isinstance(content, dict) or content.get("key") != key:
-        raise refusal("belongs to another run")
-    before, now = (content["device"], content["precision"]), (device.type, state.precision)
-    if before != now:
-        raise refusal(
-            f"was made on {' in '.join(before)}, this is {' in '.join(now)}: the run would not "
-            "continue with the same bits. Go on there, or start anew"
-        )
-    try:
-        for name, value in vars(state).items():
+        if content["key"] != key:
+            raise ValueError("it belongs to another run")
+        found = f"{content['device']} in {content['precision']}"
+        for name, value in vars(state).items() if found == needed else ():
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(content[name])
             else:
                 setattr(state, name, content[name])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise refusal(f"belongs to another model ({error})") from error
+    # torch reports what does not fit as one of a dozen exceptions.
+    except Exception as error:
+        raise RunError(
+            f"train: the checkpoint {path} cannot be read; it was cut short or is damaged, or is "
+            f"not of this run and model ({type(error).__name__}: {first_line(error)}). {advice}"
+        ) from error
+    if found != needed:
+        raise RunError(
+            f"train: the checkpoint {path} was made on {found}, this is {needed}: "
+            f"the run would not continue with the same bits. Go on there, or start anew. {advice}"
+        )
     torch.set_rng_state(content["rng"].cpu())
     if device.type == "cuda":
         torch.cuda.set_rng_state(content["rng_cuda"].cpu(), device)

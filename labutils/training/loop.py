@@ -1,7 +1,7 @@
 """`train`: one loop that trains a classifier, and continues where it was cut off.
 
-`_loop` is all there is to training. Nothing in it waits for the device: losses and logits stay
-there until an epoch ends. What is remembered is in checkpoint.py, the store in runs.py.
+`_loop` is all there is to it, and nothing in it waits for the device. The rest of this file is what
+stands around it; what a training remembers is in checkpoint.py, the store of runs in runs.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import math
 import platform
 import re
 import signal
-import threading
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 import torch
@@ -41,7 +39,7 @@ def train(
     *,
     name: str = "run",
     retrain: bool = False,
-    track: str | Sequence[str] | None = "auto",
+    track: str | list[str] | None = "auto",
     progress: bool = True,
     checkpoint_seconds: float = 30.0,
     compile: bool = False,
@@ -59,8 +57,8 @@ def train(
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
     the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows).
-    Ctrl-C stops after the current batch, saves, and returns the unfinished run; where it comes too
-    late for that, the run is finished and stored, and KeyboardInterrupt raised.
+    Ctrl-C stops after the current batch, saves, and returns the unfinished run; if it comes too late
+    for that, the run is stored as finished, and KeyboardInterrupt raised.
     Raises ValueError for bad arguments; RunError if the loss stops being finite, a checkpoint
     cannot be continued, or the runs folder cannot be written.
     """
@@ -80,10 +78,7 @@ def train(
 
 
 def _loop(state, data, config, forward, after_step, after_epoch) -> str | None:
-    """Train from where the state stands until a rule ends it, which is returned.
-
-    forward: the model, perhaps compiled. after_step: gets the number of images; True ends the loop.
-    """
+    """Train on from `state` until a rule, which is returned, or after_step's True ends it."""
     model, optimizer, averaged = state.model, state.optimizer, state.averaged
     steps = data.train.num_batches(config.batch_size)  # in an epoch
     precision = machine.autocast(state.precision, data.train.images.device)
@@ -108,11 +103,10 @@ def _loop(state, data, config, forward, after_step, after_epoch) -> str | None:
             # Reading the loss here would wait for the device; it is read when the epoch ends.
             state.add(loss, logits, labels)
             if after_step(len(labels)):
-                return None
+                return None  # interrupted
         after_epoch()
-        if stop_reason(state.rows, config):
-            break
-    return stop_reason(state.rows, config)
+        if reason := stop_reason(state.rows, config):
+            return reason
 
 
 def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
@@ -127,7 +121,7 @@ def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
         mirrors = watch.open_mirrors(run.track, **named, settings=run.info)
         stack.callback(lambda: watch.close_mirrors(mirrors, state.summary()))
         forward = _forward(run, config, bar, progress, compile)
-        interrupted = _interrupts(stack)
+        interrupted = machine.interrupts(stack)
         last_save = time.monotonic()
 
         def after_step(images):
@@ -200,10 +194,10 @@ def _forward(run, config, bar, progress, compile):
 
 def _score_epoch(run, state, data, config) -> None:
     """Add the row of the epoch, and keep its weights if they are the best so far."""
-    # Reading the losses waits for the device, so that its time is counted.
+    # This reads the losses, which waits for the device, so that its time is counted.
     _require_finite(run, state, data, config)
     state.stop_clock()
-    speed = state.images / state.epoch_seconds
+    speed = round(state.images / state.epoch_seconds, 1)
     scored = state.model if state.averaged is None else state.averaged.module
     val_loss, val_accuracy = loss_and_accuracy(scored, data.val, precision=state.precision)
     _require_finite(run, state, data, config, val_loss)
@@ -215,7 +209,7 @@ def _score_epoch(run, state, data, config) -> None:
         "val_loss": val_loss,
         "val_accuracy": val_accuracy,
         "lr": state.optimizer.param_groups[0]["lr"],
-        "images_per_second": round(speed, 1),
+        "images_per_second": speed,
         "seconds": round(state.epoch_seconds, 4),
     }
     state.end_epoch(row, scored, config.monitor)
@@ -284,22 +278,23 @@ def _check_arguments(model, data, config, name, checkpoint_seconds) -> None:
         raise ValueError(f"train: name = {name!r}. Use letters, digits, '.', '_' and '-' only.")
     seconds = {"checkpoint_seconds": checkpoint_seconds}
     check("train", dict.fromkeys(seconds, NonNegativeFloat), seconds)
-    if config.batch_size > len(data.train):
+    split, shape = data.train, data.image_shape
+    if config.batch_size > len(split):
         raise ValueError(
             f"train: batch_size = {config.batch_size} is larger than the training split of "
-            f"{len(data.train)} images. Choose at most {len(data.train)}."
+            f"{len(split)} images. Choose at most {len(split)}."
         )
-    require_fit(config.augment, data.image_shape)
+    require_fit(config.augment, shape)
     if not num_parameters(model):
         raise ValueError("train: the model has no parameter that requires a gradient.")
-    model.to(data.train.images.device)
-    two = {"images": data.train.images[:2], "labels": data.train.labels[:2]}
+    model.to(split.images.device)
+    two = dataclasses.replace(split, images=split.images[:2], labels=split.labels[:2])
     try:
-        outputs = predict(model, dataclasses.replace(data.train, **two)).shape[1]
+        outputs = predict(model, two).shape[1]
     except RuntimeError as error:
         raise ValueError(
-            f"train: the model cannot take images of shape {data.image_shape} "
-            f"({first_line(error)}). An MLP needs in_features={data.num_features}."
+            f"train: the model cannot take images of shape {shape} ({first_line(error)}). "
+            f"Build it for data.image_shape, an MLP with in_features={data.num_features}."
         ) from error
     # On a GPU this shows late, and takes the whole process with it.
     if outputs != data.num_classes:
@@ -307,19 +302,3 @@ def _check_arguments(model, data, config, name, checkpoint_seconds) -> None:
             f"train: the model has {outputs} outputs, the data {data.num_classes} classes. "
             f"Build it with num_classes={data.num_classes}."
         )
-
-
-def _interrupts(stack) -> list[int]:
-    """A list that Ctrl-C puts something into; a second Ctrl-C does what it always does."""
-    interrupts, before = [], signal.getsignal(signal.SIGINT)
-
-    def note(signum, frame):
-        interrupts.append(signum)
-        signal.signal(signal.SIGINT, before)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    # A job in the background ignores Ctrl-C, which is meant for the one in the foreground.
-    if in_main_thread and before not in (signal.SIG_IGN, None):
-        signal.signal(signal.SIGINT, note)
-        stack.callback(signal.signal, signal.SIGINT, before)
-    return interrupts

@@ -209,16 +209,18 @@ def test_code_in_a_file_is_refused_and_not_executed(last, tmp_path, dump):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("content", [{"key": "def"}, {}, [1, 2], torch.zeros(2)])
+@pytest.mark.parametrize("content", [{"key": "def"}, {}, [1, 2], 5])
 def test_a_file_of_another_run_is_refused(last, content):
     write(last, packed(content))
-    assert_refused(last, why="belongs to another run")
+    assert_refused(last, why="cannot be read; .* not of this run")
 
 
 def test_a_file_of_another_model_is_refused(last):
-    assert_refused(last, state=make_state(width=7), why=r"another model (.|\n)*size mismatch")
+    assert_refused(
+        last, state=make_state(width=7), why="not of this run and model .*loading state_dict"
+    )
     averaged = make_state(averaged=Average(nn.Linear(4, 3), 0.5))
-    assert_refused(last, state=averaged, why="another model ")
+    assert_refused(last, state=averaged, why="not of this run and model ")
 
 
 def test_a_save_that_fails_leaves_the_older_file_and_no_other(last, monkeypatch):
