@@ -57,7 +57,7 @@ def train(
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
     the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows).
-    Ctrl-C stops after the current batch, saves, and returns the unfinished run; if it comes too late
+    Ctrl-C stops after the current batch, saves and returns the unfinished run; if it comes too late
     for that, the run is stored as finished, and KeyboardInterrupt raised.
     Raises ValueError for bad arguments; RunError if the loss stops being finite, a checkpoint
     cannot be continued, or the runs folder cannot be written.
