@@ -250,13 +250,13 @@ def say(text: str) -> None:
         _cell_text.show(text)
 
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 def warn(text: str) -> None:
     """Say it, but once a session. Python's own warnings go to stderr, which notebooks store."""
-    if text not in _said:
-        _said.add(text)
+    if text not in _warned:
+        _warned.add(text)
         say(text)
 
 

@@ -488,7 +488,7 @@ def test_the_runs_of_one_cell_share_one_output(train, notebook, monkeypatch):
 
 
 def test_a_warning_is_given_once(capsys, monkeypatch):
-    monkeypatch.setattr(watch, "_said", set())
+    monkeypatch.setattr(watch, "_warned", set())
     for text in ("slow", "odd", "slow"):
         warn(text)
     assert capsys.readouterr() == ("slow\nodd\n", "")
