@@ -1,4 +1,4 @@
-"""The machine: devices, seeds, precision, memory format and threads.
+"""The machine: devices, seeds, precision, memory format, compilation, threads and Ctrl-C.
 
 Nothing here changes what a training computes by more than rounding.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import platform
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import re
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -35,15 +38,12 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader of a result wants to know of a device: the processor's or the GPU's name."""
+    """The name of the processor, with its cores, or of the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
+    found = cpuinfo.exists() and re.search(r"(?m)^model name\s*: (.*\S)", cpuinfo.read_text())
+    name = found[1] if found else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 
 
@@ -59,8 +59,8 @@ def seed_everything(seed: int) -> None:
 def usable_precision(asked: str, device: torch.device) -> str:
     """'bf16' or 'float32': what 'auto', 'bf16' or 'float32' comes to on a device.
 
-    bf16 means autocast to torch.bfloat16, with weights kept in float32. Where the hardware does not
-    compute with it, it would be emulated, several times slower than float32.
+    bf16: autocast to torch.bfloat16, with weights kept in float32. Only where the hardware computes
+    with it: emulated, it is several times slower than float32.
     """
     return "bf16" if asked != "float32" and _computes_bf16(device) else "float32"
 
@@ -87,89 +87,76 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
     """Store the weights of a convolutional network pixel by pixel, not channel by channel.
 
-    Convolutions then take and return images in that order, in which they are up to twice as fast
-    (benchmarks/throughput.py). The model's state stays the same number for number. Other models
-    stay as they are, and so do a few narrow ones for which that order is not safe.
+    In that order convolutions are up to twice as fast (benchmarks/throughput.py); no number of the
+    model's state changes. Other models, and a few for which it is not safe, stay as they are.
     """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
-    known = device.type in ("cpu", "cuda")  # elsewhere nobody has looked
-    if known and convolutions and not any(map(_overruns, convolutions)):
-        model.to(memory_format=torch.channels_last)
-
-
-def _overruns(layer: nn.Conv2d) -> bool:
-    """Whether oneDNN's AVX2 code, given channels last, writes past its memory in a backward pass.
-
-    https://github.com/uxlfoundation/oneDNN/issues/6035
-    """
-    return (
+    # In the backward pass of these, oneDNN's AVX2 code writes past its memory:
+    # https://github.com/uxlfoundation/oneDNN/issues/6035
+    unsafe = any(
         layer.kernel_size == (1, 1)
         and max(layer.stride) > 1
         and layer.in_channels // layer.groups < 8
+        for layer in convolutions
     )
+    # On other kinds of device nobody has looked.
+    if convolutions and not unsafe and device.type in ("cpu", "cuda"):
+        model.to(memory_format=torch.channels_last)
 
 
-class Forward:
-    """A model's forward pass in training: takes images, returns logits in float32.
+def compiled(model: nn.Module, on_failure: Callable[[str], None]) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a model by torch.compile; the model itself stays as it is.
 
-    precision: 'float32' or 'bf16', see usable_precision. compiled: whether torch.compile is used.
-    The model itself, its state and the names in it stay as they are, but for the order in memory.
+    Where that fails, at once or when first called, on_failure gets the reason, and the model is
+    called as it is from then on.
     """
+    from torch._dynamo.exc import TorchDynamoException
 
-    def __init__(self, model: nn.Module, asked: str, device: torch.device) -> None:
-        prefer_channels_last(model, device)
-        self.precision, self.compiled = usable_precision(asked, device), False
-        self._autocast = autocast(self.precision, device)
-        self._model = self._call = model
+    forward = model
 
-    def __call__(self, images: Tensor) -> Tensor:
-        with self._autocast:
-            logits = self._call(images)
-        return logits.float()
-
-    def compile(self, on_failure: Callable[[str], None]) -> None:
-        """Use torch.compile from now on. Where it fails, the model is called as it is.
-
-        on_failure: gets the reason, at once or when the model is first called.
-        """
-        from torch._dynamo.exc import TorchDynamoException
-
-        def call(images: Tensor) -> Tensor:
-            try:
-                return compiled(images)
-            # The model has not run: its code is compiled before.
-            except TorchDynamoException as error:
-                fall_back(error)
-                return self._model(images)
-
-        def fall_back(error: Exception) -> None:
-            self._call, self.compiled = self._model, False
-            on_failure(first_line(error))
-
+    def call(images: Tensor) -> Tensor:
+        nonlocal forward
         try:
-            # Each batch size is compiled on its own: code for any size is slower.
-            compiled = torch.compile(self._model, dynamic=False)
-        except RuntimeError as error:
-            fall_back(error)
-        else:
-            self._call, self.compiled = call, True
+            return forward(images)
+        # The model has not run: its code is compiled before.
+        except TorchDynamoException as error:
+            forward = model
+            on_failure(first_line(error))
+            return model(images)
+
+    try:
+        # Each batch size is compiled on its own: code for any size is slower.
+        forward = torch.compile(model, dynamic=False)
+    except RuntimeError as error:
+        on_failure(first_line(error))
+    return call
 
 
-@contextmanager
-def threads(model: nn.Module, batch_size: int, device: torch.device) -> Iterator[None]:
-    """One CPU thread for perceptrons so small that a second one gains next to nothing.
+def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> int:
+    """How many CPU threads to train with: what torch has, but one for small perceptrons.
 
-    Below 4 million multiplications a step it gains a fifth at best (benchmarks/threads.py), and
-    where other programs compete for the cores, waiting for it costs up to a hundred times as much.
+    Below 4 million multiplications a step a second thread gains a fifth (benchmarks/threads.py),
+    and waiting for it costs up to a hundredfold where other programs compete for the cores.
     """
-    before = torch.get_num_threads()
     holders = [part for part in model.modules() if part._parameters]
     multiplications = batch_size * sum(p.numel() for p in model.parameters())
-    # In other layers, convolutions say, a parameter takes part in many multiplications an image.
+    # In other layers, such as convolutions, a parameter is multiplied many times for one image.
     flat = all(isinstance(part, nn.Linear | nn.BatchNorm1d) for part in holders)
-    if device.type == "cpu" and flat and multiplications < 2**22:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    small = device.type == "cpu" and flat and multiplications < 2**22
+    return 1 if small else torch.get_num_threads()
+
+
+def interrupts(stack: ExitStack) -> list[int]:
+    """A list that Ctrl-C puts something into, until the stack ends; a second one acts as always."""
+    seen, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(signum, frame):
+        seen.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # A job in the background ignores Ctrl-C, which is meant for the one in the foreground.
+    if in_main_thread and before not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, note)
+        stack.callback(signal.signal, signal.SIGINT, before)
+    return seen

@@ -2,153 +2,161 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..base.files import atomic_write
+from ..base.settings import first_line
 from .runs import RunError
 
 
-class Tally:
-    """Losses and hits of the epoch so far. They stay on the device, so adding waits for nothing."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.images = 0
-        self._hits: Tensor | int = 0
-        self._losses: list[Tensor] = []
-        self._uncounted: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """loss: mean over the batch. logits [n, num_classes]. labels int64 [n]."""
-        self.images += len(labels)
-        self._losses.append(loss.detach() * len(labels))
-        self._uncounted.append((logits.detach(), labels))
-        # Comparing many small batches at once costs a fraction of doing it in every step.
-        if len(self._uncounted) == 64:
-            self._count()
-
-    def _count(self) -> None:
-        if self._uncounted:
-            logits, labels = (torch.cat(parts) for parts in zip(*self._uncounted))
-            self._hits = self._hits + (logits.argmax(dim=1) == labels).sum()
-            self._uncounted.clear()
-
-    def losses(self) -> Tensor:
-        """Summed loss of each batch so far, on the CPU."""
-        return torch.stack(self._losses).cpu() if self._losses else torch.empty(0)
-
-    def means(self) -> tuple[float, float]:
-        """Loss and accuracy over the images so far."""
-        self._count()
-        return float(self.losses().double().sum()) / self.images, int(self._hits) / self.images
-
-    def state_dict(self) -> dict[str, Any]:
-        self._count()
-        return {"losses": self.losses(), "hits": int(self._hits), "images": self.images}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.reset()
-        self._losses = list(state["losses"].unbind())
-        self._hits, self.images = state["hits"], state["images"]
-
-
-@dataclass
-class Position:
-    """How far a training has come, and the best weights on the way."""
-
-    epoch: int = 0  # epochs finished
-    batch: int = 0  # batches of the current epoch finished
-    seconds: float = 0.0  # of finished epochs
-    epoch_seconds: float = 0.0  # of the current epoch
-    rows: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
 class Average(AveragedModel):
-    """Exponential moving average of a model's weights and of its statistics, which `update` feeds.
+    """Exponential moving average of a model's weights and statistics; `update` after each step.
 
-    The first update copies the model. Whole numbers, counters say, are copied always.
-    torch's own update sends a counter to the device in every step, and waits for it.
+    The first update copies the model. Integer buffers, such as counters, are always copied:
+    torch's own update sends them to the device in every step, and waits.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
         self._decay = decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        weight = 1 - self._decay if self.n_averaged else 1.0
+        # Looked up once: a walk through a deep network in every step costs more than the averaging.
         ours, theirs = ([*part.parameters(), *part.buffers()] for part in (self.module, model))
         pairs = list(zip(ours, theirs))
-        blended = [pair for pair in pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*blended)), weight)
-        for our, their in pairs:
-            if not our.is_floating_point():
-                our.copy_(their)
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._integers = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        weight = 1 - self._decay if self.n_averaged else 1.0
+        torch._foreach_lerp_(*map(list, zip(*self._floats)), weight)
+        if self._integers:
+            torch._foreach_copy_(*map(list, zip(*self._integers)))
         self.n_averaged += 1
 
 
-def save(path: Path, key: str, parts: dict[str, Any], device: torch.device, precision: str) -> None:
-    """Write the state_dict of all parts and torch's random state as one atomic file."""
-    state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"key": key, "device": device.type, "precision": precision}
-    state["rng"] = torch.get_rng_state()
+@dataclass
+class TrainingState:
+    """Where a training stands: what `save` writes and `load` reads back."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    averaged: Average | None = None
+    precision: str = "float32"  # or 'bf16'
+    threads: int | None = None  # of the CPU: sums are split among them, so the last bits differ
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # batches of the current epoch finished; what follows is of this epoch
+    images: int = 0
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))  # summed over each batch
+    hits: Tensor | int = 0
+    uncounted: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    started: float = 0.0  # the clock of the current epoch
+    epoch_seconds: float = 0.0
+    rows: list[dict[str, float]] = field(default_factory=list)  # one for each finished epoch
+    best_epoch: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Take note of a batch. All values stay on the device, so that nothing waits for it.
+
+        loss: mean over the batch. logits [n, num_classes]. labels int64 [n].
+        """
+        self.batch += 1
+        self.images += len(labels)
+        self.uncounted.append((loss.detach() * len(labels), logits.detach(), labels))
+        # Comparing many small batches at once costs a fraction of doing it in every step.
+        if len(self.uncounted) == 64:
+            self.count()
+
+    def count(self) -> None:
+        """Bring losses and hits up to date."""
+        if self.uncounted:
+            losses, logits, labels = zip(*self.uncounted)
+            self.losses = torch.cat([self.losses.to(labels[0].device), torch.stack(losses)])
+            self.hits = self.hits + (torch.cat(logits).argmax(dim=1) == torch.cat(labels)).sum()
+            self.uncounted.clear()
+
+    def stop_clock(self) -> None:
+        """Add the time since it was started, or last stopped, to the current epoch."""
+        now = time.perf_counter()
+        self.epoch_seconds, self.started = self.epoch_seconds + now - self.started, now
+
+    def end_epoch(self, row: dict[str, float], scored: nn.Module, monitor: str) -> None:
+        """Add the row of an epoch, and keep the weights of `scored` if they are the best so far."""
+        sign = 1 if monitor == "val_loss" else -1
+        best = self.rows[self.best_epoch - 1] if self.best_epoch else None
+        self.rows.append(row)
+        self.epoch, self.batch, self.images, self.hits = row["epoch"], 0, 0, 0
+        self.losses, self.epoch_seconds = torch.empty(0), 0.0
+        if best is None or sign * row[monitor] < sign * best[monitor]:
+            weights = scored.state_dict().items()
+            self.best_weights = {name: value.detach().clone() for name, value in weights}
+            self.best_epoch = self.epoch
+
+    def summary(self) -> dict[str, float]:
+        """The row of the best epoch so far, as mirrors show it."""
+        best = self.rows[self.best_epoch - 1] if self.best_epoch else {}
+        return {f"best/{name}": value for name, value in best.items()}
+
+
+def save(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
+    """Write the state and torch's random numbers as one atomic file, behind their SHA-256.
+
+    torch.load alone overlooks every second flipped bit.
+    """
+    state.count()
+    content = {"key": key, "device": device.type, "rng": torch.get_rng_state()}
     if device.type == "cuda":
-        state["rng_cuda"] = torch.cuda.get_rng_state(device)
+        content["rng_cuda"] = torch.cuda.get_rng_state(device)
+    for name, value in vars(state).items():
+        content[name] = value.state_dict() if hasattr(value, "state_dict") else value
     # Writing straight to a file, torch reports a full disk as a RuntimeError about positions.
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(content, buffer)
     with atomic_write(path) as file:
+        file.write(hashlib.sha256(buffer.getbuffer()).digest())
         file.write(buffer.getbuffer())
 
 
-def load(path: Path, key: str, parts: dict[str, Any], device: torch.device, precision: str) -> None:
-    """Bring all parts to the state that `save` wrote.
+def load(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
+    """Bring the state and torch's random numbers to where `save` found them.
 
     Raises RunError if the file is damaged, belongs to another run or model, or was made on another
     kind of device or in another precision.
     """
     advice = f"Remove {path.parent} to start this run anew."
+    needed = f"{device.type} in {state.precision}"
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    # torch reports a damaged file as one of a dozen exceptions, depending on where it is cut.
+        stored = path.read_bytes()
+        if hashlib.sha256(stored[32:]).digest() != stored[:32]:
+            raise ValueError("its SHA-256 is another one")
+        content = torch.load(io.BytesIO(stored[32:]), map_location=device, weights_only=True)
+        if content["key"] != key:
+            raise ValueError("it belongs to another run")
+        found = f"{content['device']} in {content['precision']}"
+        for name, value in vars(state).items() if found == needed else ():
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(content[name])
+            else:
+                setattr(state, name, content[name])
+    # torch reports what does not fit as one of a dozen exceptions.
     except Exception as error:
         raise RunError(
-            f"train: the checkpoint {path} cannot be read; it was cut short or is no checkpoint "
-            f"({type(error).__name__}). {advice}"
+            f"train: the checkpoint {path} cannot be read; it was cut short or is damaged, or is "
+            f"not of this run and model ({type(error).__name__}: {first_line(error)}). {advice}"
         ) from error
-    if not isinstance(state, dict) or state.get("key") != key:
-        raise RunError(f"train: the checkpoint {path} belongs to another run. {advice}")
-    made, here = (state["device"], state["precision"]), (device.type, precision)
-    if made != here:
-        made, here = (" in ".join(place) for place in (made, here))
+    if found != needed:
         raise RunError(
-            f"train: the checkpoint {path} was made on {made}, this is {here}: "
+            f"train: the checkpoint {path} was made on {found}, this is {needed}: "
             f"the run would not continue with the same bits. Go on there, or start anew. {advice}"
         )
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise RunError(
-            f"train: the checkpoint {path} belongs to another model ({error}). {advice}"
-        ) from error
-    torch.set_rng_state(state["rng"].cpu())
+    torch.set_rng_state(content["rng"].cpu())
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng_cuda"].cpu(), device)
+        torch.cuda.set_rng_state(content["rng_cuda"].cpu(), device)

@@ -1,7 +1,4 @@
-"""What a recipe decides on the way: the optimizer, its learning rate, when to stop.
-
-All of it follows from the config and from what has happened, so there is no state to save.
-"""
+"""What a recipe decides on the way: the optimizer, its learning rate, when to stop."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ def stop_reason(rows: Sequence[dict[str, float]], config: TrainConfig) -> str | 
 def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step as a fraction of config.lr.
 
-    A function of the step alone, so that a schedule has no state to save. onecycle rises from 1/25
+    A function of the step alone: a schedule has no state to save. onecycle rises from 1/25
     over the first 30 % and falls to almost 0, both along a cosine (Smith and Topin 2018,
     https://arxiv.org/abs/1708.07120; the numbers are those of torch's OneCycleLR).
     """
@@ -60,6 +57,5 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
-        parameters, **common
-    )
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, **common)

@@ -15,7 +15,7 @@ from torch._inductor.exc import InductorError
 
 import labutils as lab
 from labutils.base import device
-from labutils.base.device import Forward, resolve_device
+from labutils.base.device import compiled, resolve_device
 
 CPU, SHAPE = torch.device("cpu"), (3, 16, 16)
 NETWORKS = {
@@ -116,12 +116,14 @@ def test_a_perceptron_and_a_network_with_narrow_projections_stay_as_they_are(mak
 def test_bf16_is_near_float32_and_trains_weights_in_float32(network, monkeypatch, there):
     monkeypatch.setattr(device, "_computes_bf16", lambda device: there)
     expected = network(images())
-    forward = Forward(network, "auto", CPU)
-    assert forward.precision == ("bf16" if there else "float32")
+    precision = device.usable_precision("auto", CPU)
+    assert precision == ("bf16" if there else "float32")
+    context = device.autocast(precision, CPU)
     for _ in range(2):
-        logits = forward(images())
-        assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
+        with context:
+            logits = network(images())
+        assert logits.dtype == (torch.bfloat16 if there else torch.float32)
+        torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
     logits.square().sum().backward()
     grads = [p.grad for p in network.parameters() if p.requires_grad]
     assert {grad.dtype for grad in grads} == {torch.float32}
@@ -135,11 +137,9 @@ def test_a_compiled_model_equals_the_model_and_keeps_its_names(monkeypatch):
     model = NETWORKS["SimpleCNN"]()
     names, failures = list(model.state_dict()), []
     expected = model(images())
-    forward = Forward(model, "float32", CPU)
-    forward.compile(failures.append)
+    forward = compiled(model, failures.append)
     for count in (5, 2, 5):
         torch.testing.assert_close(forward(images(5)[:count]), expected[:count])
-    assert forward.compiled
     assert list(model.state_dict()) == names
     assert not failures
 
@@ -162,11 +162,9 @@ def test_a_model_that_cannot_be_compiled_is_called_as_it_is(monkeypatch, fake, w
     monkeypatch.setattr(torch, "compile", fake)
     model, failures = NETWORKS["CNN"](), []
     expected = model(images())
-    forward = Forward(model, "float32", CPU)
-    forward.compile(failures.append)
+    forward = compiled(model, failures.append)
     for _ in range(2):
         torch.testing.assert_close(forward(images()), expected, rtol=1e-4, atol=1e-5)
-    assert not forward.compiled
     [failure] = failures
     assert why in failure
     assert "\n" not in failure
@@ -178,9 +176,7 @@ def test_a_convolution_is_not_kept_to_one_thread():
     torch.set_num_threads(2)
     try:
         for model, count in ((linear, 1), (conv, 2), (lab.MLP(784, [600, 600], 10), 2)):
-            with device.threads(model, 128, CPU):
-                assert torch.get_num_threads() == count
-            assert torch.get_num_threads() == 2
+            assert device.choose_threads(model, 128, CPU) == count
     finally:
         torch.set_num_threads(before)
 

@@ -1,6 +1,9 @@
 """Checkpoints: what an epoch sums up, what is saved, and which files are refused."""
 
 import errno
+import functools
+import hashlib
+import io
 import os
 import pickle
 import re
@@ -9,41 +12,58 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from labutils.training.checkpoint import Average, Position, Tally, load, save
+from labutils.training.checkpoint import Average, TrainingState, load, save
 from labutils.training.runs import RunError
 
 CPU = torch.device("cpu")
 
 
-def make_parts(width=3, seed=0):
+def make_state(width=3, seed=0, **values):
     """A model after one step of its optimizer, and where its training stands."""
     torch.manual_seed(seed)
     model = torch.nn.Linear(4, width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     model(torch.rand(5, 4)).square().sum().backward()
     optimizer.step()
-    tally = Tally()
-    tally.add(torch.tensor(2.0), torch.eye(width), torch.zeros(width, dtype=torch.long))
     best = {"weight": torch.rand(width, 4)}
-    position = Position(1, 2, 3.5, 0.25, [{"epoch": 1, "val_loss": 0.1}], 1, best)
-    return {"model": model, "optimizer": optimizer, "position": position, "tally": tally}
+    rows = [{"epoch": 1, "val_loss": 0.1}]
+    state = TrainingState(model, optimizer, threads=2, epoch=1, batch=2, rows=rows, **values)
+    state.best_epoch, state.best_weights = 1, best
+    state.add(torch.tensor(2.0), torch.eye(width), torch.zeros(width, dtype=torch.long))
+    return state
+
+
+def sums(state):
+    state.count()
+    return state.images, state.losses.tolist(), int(state.hits)
 
 
 @pytest.fixture
 def last(tmp_path):
     path = tmp_path / "name-abc.part" / "last.pt"
-    save(path, "abc", make_parts(), CPU, "float32")
+    save(path, "abc", make_state(), CPU)
     return path
 
 
-def assert_refused(path, *, parts=None, key="abc", why):
+def write(path, payload):
+    """A file whose content is what it was when it was written, whatever it is."""
+    path.write_bytes(hashlib.sha256(payload).digest() + payload)
+
+
+def packed(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def assert_refused(path, *, state=None, key="abc", why):
     with pytest.raises(RunError) as caught:
-        load(path, key, parts or make_parts(), CPU, "float32")
+        load(path, key, state or make_state(), CPU)
     message = str(caught.value)
     assert re.search(why, message)
     assert f"checkpoint {path}" in message
@@ -56,56 +76,98 @@ def assert_refused(path, *, parts=None, key="abc", why):
     cut=st.integers(0, 140),
     seed=st.integers(0, 2**31),
 )
-def test_means_equal_a_loop_over_images_wherever_they_are_saved(sizes, cut, seed):
+def test_sums_equal_a_loop_over_images_wherever_they_are_saved(tmp_path_factory, sizes, cut, seed):
     generator = torch.Generator().manual_seed(seed)
-    tally, losses, hits = Tally(), [], 0
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    state, losses, hits = TrainingState(model, optimizer), [], 0
+    path = tmp_path_factory.getbasetemp() / "sums" / "last.pt"
     for number, size in enumerate(sizes):
         if number == cut:
-            state, tally = tally.state_dict(), Tally()
-            tally.add(torch.tensor(99.0), torch.eye(4), torch.arange(4))
-            tally.load_state_dict(state)
+            save(path, "abc", state, CPU)
+            state = TrainingState(model, optimizer)
+            state.add(torch.tensor(99.0), torch.eye(4), torch.arange(4))
+            load(path, "abc", state, CPU)
         logits = torch.randn(size, 4, generator=generator)
         labels = torch.randint(4, (size,), generator=generator)
         each = [-row.log_softmax(0)[label] for row, label in zip(logits, labels)]
-        tally.add(torch.stack(each).mean(), logits, labels)
+        state.add(torch.stack(each).mean(), logits, labels)
         losses += [float(loss) for loss in each]
         hits += sum(int(row.argmax() == label) for row, label in zip(logits, labels))
-    loss, accuracy = tally.means()
-    assert tally.images == len(losses)
-    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert accuracy == hits / len(losses)
+    images, found, found_hits = sums(state)
+    assert (images, found_hits, state.batch) == (len(losses), hits, len(sizes))
+    assert len(found) == len(sizes)
+    assert sum(found) == pytest.approx(sum(losses), rel=1e-5)
 
 
-def test_a_tally_keeps_the_loss_of_each_batch_and_forgets_on_reset():
-    tally = Tally()
+def test_a_state_keeps_the_loss_of_each_batch_and_forgets_it_when_the_epoch_ends():
+    state = make_state()
     for loss, size in ((1.0, 2), (float("inf"), 3)):
-        tally.add(torch.tensor(loss), torch.rand(size, 4), torch.zeros(size, dtype=torch.long))
-    assert tally.losses().tolist() == [2.0, float("inf")]
-    tally.reset()
-    assert tally.images == 0
-    assert tally.losses().tolist() == []
+        state.add(torch.tensor(loss), torch.rand(size, 4)[:, :3], torch.zeros(size).long())
+    assert sums(state)[:2] == (8, [6.0, 2.0, float("inf")])
+    state.epoch_seconds = 7.0
+    state.end_epoch({"epoch": 2, "val_loss": 0.2}, state.model, "val_loss")
+    assert sums(state) == (0, [], 0)
+    assert (state.epoch, state.batch, state.epoch_seconds, state.best_epoch) == (2, 0, 0.0, 1)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8),
+    st.sampled_from(["val_loss", "val_accuracy"]),
+)
+def test_the_first_of_the_best_epochs_is_kept(scores, monitor):
+    model = nn.Linear(1, 1, bias=False)
+    state = TrainingState(model, torch.optim.SGD(model.parameters()))
+    assert state.summary() == {}
+    for epoch, (loss, accuracy) in enumerate(scores, 1):
+        nn.init.constant_(model.weight, epoch)
+        row = {"epoch": epoch, "val_loss": loss, "val_accuracy": accuracy}
+        state.end_epoch(row, model, monitor)
+    wanted = (min if monitor == "val_loss" else max)(state.rows, key=lambda row: row[monitor])
+    assert state.summary()["best/epoch"] == wanted["epoch"]
+    assert state.best_weights["weight"].item() == wanted["epoch"]
 
 
 def test_load_brings_every_part_to_the_state_that_was_saved(last):
-    wanted, parts = make_parts(), make_parts(seed=1)
-    parts["position"], parts["tally"] = Position(), Tally()
-    load(last, "abc", parts, CPU, "float32")
-    assert torch.equal(parts["model"].weight, wanted["model"].weight)
-    moments, wanted_moments = (p["optimizer"].state_dict()["state"] for p in (parts, wanted))
+    wanted, state = make_state(), make_state(seed=1)
+    for name in ("threads", "epoch", "batch", "rows", "best_epoch", "best_weights", "losses"):
+        setattr(state, name, None)
+    load(last, "abc", state, CPU)
+    assert torch.equal(state.model.weight, wanted.model.weight)
+    moments, wanted_moments = (s.optimizer.state_dict()["state"] for s in (state, wanted))
     for name in ("step", "exp_avg", "exp_avg_sq"):
         assert torch.equal(moments[0][name], wanted_moments[0][name])
-    best, wanted_best = (vars(p["position"]).pop("best_weights") for p in (parts, wanted))
-    assert torch.equal(best["weight"], wanted_best["weight"])
-    assert vars(parts["position"]) == vars(wanted["position"])
-    assert parts["tally"].means() == wanted["tally"].means()
+    assert torch.equal(state.best_weights["weight"], wanted.best_weights["weight"])
+    assert sums(state) == sums(wanted)
+    for name in ("threads", "epoch", "batch", "epoch_seconds", "rows", "best_epoch", "precision"):
+        assert getattr(state, name) == getattr(wanted, name), name
 
 
 def test_load_restores_the_random_numbers(last):
-    parts = make_parts()
-    save(last, "abc", parts, CPU, "float32")
+    state = make_state()
+    save(last, "abc", state, CPU)
     wanted = torch.rand(3)
-    load(last, "abc", parts, CPU, "float32")
+    load(last, "abc", state, CPU)
     assert torch.equal(torch.rand(3), wanted)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**31), st.integers(1, 255))
+def test_every_flipped_byte_is_noticed(last, position, flip):
+    content = last.read_bytes()
+    damaged = bytearray(content)
+    damaged[position % len(content)] ^= flip
+    try:
+        last.write_bytes(damaged)
+        assert_refused(last, why="cannot be read; it was cut short or is damaged")
+    finally:
+        last.write_bytes(content)
+
+
+def test_a_file_of_a_version_without_a_digest_is_refused(last):
+    last.write_bytes(last.read_bytes()[32:])
+    assert_refused(last, why="cannot be read; it was cut short or is damaged")
 
 
 @pytest.mark.parametrize("tenths", range(10))
@@ -117,13 +179,15 @@ def test_a_file_that_was_cut_short_is_refused(last, tenths):
 
 @pytest.mark.parametrize("content", [b"no checkpoint\n", bytes(range(256)) * 64, b"\x80\x02."])
 def test_garbage_is_refused(last, content):
-    last.write_bytes(content)
-    assert_refused(last, why="cannot be read")
+    for put in (Path.write_bytes, write):
+        put(last, content)
+        assert_refused(last, why="cannot be read")
 
 
 def test_another_zip_file_is_refused(last):
     with zipfile.ZipFile(last, "w") as archive:
         archive.writestr("archive/data.pkl", b"text")
+    write(last, last.read_bytes())
     assert_refused(last, why="cannot be read")
 
 
@@ -137,27 +201,26 @@ class Code:
         return Path.touch, (Path(self.marker),)
 
 
-def dump_plain(value, path):
-    path.write_bytes(pickle.dumps(value, protocol=2))
-
-
-@pytest.mark.parametrize("dump", [torch.save, dump_plain])
+@pytest.mark.parametrize("dump", [packed, functools.partial(pickle.dumps, protocol=2)])
 def test_code_in_a_file_is_refused_and_not_executed(last, tmp_path, dump):
     marker = tmp_path / "executed"
-    dump({"key": "abc", "model": Code(marker)}, last)
+    write(last, dump({"key": "abc", "model": Code(marker)}))
     assert_refused(last, why="cannot be read")
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("content", [{"key": "def"}, {}, [1, 2], torch.zeros(2)])
+@pytest.mark.parametrize("content", [{"key": "def"}, {}, [1, 2], 5])
 def test_a_file_of_another_run_is_refused(last, content):
-    torch.save(content, last)
-    assert_refused(last, why="belongs to another run")
+    write(last, packed(content))
+    assert_refused(last, why="cannot be read; .* not of this run")
 
 
 def test_a_file_of_another_model_is_refused(last):
-    assert_refused(last, parts=make_parts(width=7), why=r"another model (.|\n)*size mismatch")
-    assert_refused(last, parts={"averaged": Tally()}, why="another model .*averaged")
+    assert_refused(
+        last, state=make_state(width=7), why="not of this run and model .*loading state_dict"
+    )
+    averaged = make_state(averaged=Average(nn.Linear(4, 3), 0.5))
+    assert_refused(last, state=averaged, why="not of this run and model ")
 
 
 def test_a_save_that_fails_leaves_the_older_file_and_no_other(last, monkeypatch):
@@ -166,18 +229,17 @@ def test_a_save_that_fails_leaves_the_older_file_and_no_other(last, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        save(last, "abc", make_parts(seed=1), CPU, "float32")
-    parts = make_parts(seed=2)
-    load(last, "abc", parts, CPU, "float32")
-    assert torch.equal(parts["model"].weight, make_parts()["model"].weight)
+        save(last, "abc", make_state(seed=1), CPU)
+    state = make_state(seed=2)
+    load(last, "abc", state, CPU)
+    assert torch.equal(state.model.weight, make_state().model.weight)
     assert list(last.parent.iterdir()) == [last]
 
 
-def test_a_file_of_another_precision_is_refused_on_both_sides(last, tmp_path):
+def test_a_file_of_another_precision_is_refused_on_both_sides(last):
     wanted = "was made on cpu in float32, this is cpu in bf16.*same bits"
-    with pytest.raises(RunError, match=wanted):
-        load(last, "abc", make_parts(), CPU, "bf16")
-    save(last, "abc", make_parts(), CPU, "bf16")
+    assert_refused(last, state=make_state(precision="bf16"), why=wanted)
+    save(last, "abc", make_state(precision="bf16"), CPU)
     assert_refused(last, why="was made on cpu in bf16, this is cpu in float32")
 
 
@@ -203,7 +265,7 @@ def test_the_average_is_torchs_with_counters_copied(decay):
     ours = Average(model, decay)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     for step, _ in enumerate(steps(model, 5), start=1):
-        ours.update(model)
+        ours.update()
         theirs.update_parameters(model)
         found, expected = ours.state_dict(), theirs.state_dict()
         assert found.keys() == expected.keys()
@@ -216,17 +278,23 @@ def test_the_average_is_torchs_with_counters_copied(decay):
 
 
 def test_an_average_goes_on_from_a_checkpoint(tmp_path):
-    model = small_network()
-    average, path = Average(model, 0.5), tmp_path / "last.pt"
-    for step, _ in enumerate(steps(model, 4)):
-        average.update(model)
+    def with_average(model):
+        return TrainingState(
+            model, torch.optim.SGD(model.parameters()), averaged=Average(model, 0.5)
+        )
+
+    state, again = with_average(small_network()), with_average(small_network())
+    path = tmp_path / "last.pt"
+    for step, _ in enumerate(steps(state.model, 4)):
+        state.averaged.update()
         if step == 1:
-            save(path, "abc", {"averaged": average}, CPU, "float32")
-            again = Average(small_network(), 0.5)
-            load(path, "abc", {"averaged": again}, CPU, "float32")
+            save(path, "abc", state, CPU)
+            load(path, "abc", again, CPU)
         elif step > 1:
-            again.update(model)
-    for ours, theirs in zip(again.state_dict().values(), average.state_dict().values()):
+            again.model.load_state_dict(state.model.state_dict())
+            again.averaged.update()
+    found, expected = (s.averaged.state_dict() for s in (again, state))
+    for ours, theirs in zip(found.values(), expected.values()):
         assert torch.equal(ours, theirs)
 
 
@@ -235,5 +303,5 @@ def test_the_average_does_not_wait_for_the_device():
     model = small_network().to("meta")
     average = Average(model, 0.5)
     for _ in range(3):
-        average.update(model)
+        average.update()
     assert average.n_averaged == 3

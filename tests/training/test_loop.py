@@ -20,10 +20,9 @@ from torch.nn import functional as F
 
 import labutils as lab
 from labutils.base import device
-from labutils.training import checkpoint, loop, runs, watch
+from labutils.training import checkpoint, loop, watch
 from labutils.training.key import identify, run_key
 from labutils.training.runs import RunError, find, load_weights
-from labutils.training.watch import History, Mirror
 
 # 48 images: three batches of 13 and one of 9.
 CONFIG = lab.TrainConfig(epochs=3, batch_size=13, lr=0.01)
@@ -37,6 +36,14 @@ EVERYTHING = lab.TrainConfig(
     augment=lab.Augment(**DISTORTION, flip="alternating", crop=1, cutout=2),
 )
 TIMING = ("images_per_second", "seconds")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C as in the foreground, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def load_tiny():
@@ -221,7 +228,7 @@ def test_the_model_ends_with_the_weights_of_the_best_epoch(data, monkeypatch, mo
     bare_loop(data, adamw(bare), bare, epochs=best)
     assert same_weights(model, bare)
     stored = make_model()
-    load_weights(stored, run.place / "best.safetensors")
+    load_weights(stored, run.path / "best.safetensors")
     assert same_weights(stored, bare)
 
 
@@ -247,7 +254,7 @@ def test_a_convolutional_network_equals_a_bare_loop(data):
     [(loss, _)] = bare_loop(data, adamw(plain), plain)
     assert run.rows[0]["train_loss"] == pytest.approx(loss, rel=1e-4)
     stored = make_cnn()
-    load_weights(stored, run.place / "best.safetensors")
+    load_weights(stored, run.path / "best.safetensors")
     assert same_weights(stored, model)
 
 
@@ -285,7 +292,7 @@ def test_bf16_is_not_emulated_and_this_is_said_once(data, bf16, capsys, monkeypa
     assert said == ("" if bf16 else line)
     for run in runs:
         assert run.info["precision"] == ("bf16" if bf16 else "float32")
-        assert (line in (run.place / "train.log").read_text()) != bf16
+        assert (line in (run.path / "train.log").read_text()) != bf16
 
 
 def test_a_run_does_not_change_its_precision_on_the_way(data, monkeypatch):
@@ -295,6 +302,30 @@ def test_a_run_does_not_change_its_precision_on_the_way(data, monkeypatch):
     monkeypatch.setattr(device, "_computes_bf16", lambda device: True)
     with pytest.raises(RunError, match="made on cpu in float32, this is cpu in bf16"):
         train(data, config, make_cnn())
+
+
+@pytest.mark.parametrize(("count", "other"), [(1, 2), (2, 1)])
+def test_a_run_keeps_the_number_of_threads_that_it_began_with(data, count, other):
+    def note(module, *_):
+        if module.training:
+            used.add(torch.get_num_threads())
+
+    before, used = torch.get_num_threads(), set()
+    try:
+        torch.set_num_threads(count)
+        expected = train(data, model=make_cnn())
+        train(data, model=on_forward(make_cnn(), 6, interrupt), retrain=True)
+        torch.set_num_threads(other)
+        model = make_cnn()
+        model.register_forward_hook(note)
+        run = train(data, model=model, retrain=True)
+        assert torch.get_num_threads() == other
+    finally:
+        torch.set_num_threads(before)
+    assert used == {count}
+    assert run.info["threads"] == count
+    assert "continues at image 74" in (run.path / "train.log").read_text()
+    assert_same_run(run, expected)
 
 
 def test_compiling_is_no_part_of_the_key_or_the_weights(data, monkeypatch):
@@ -319,7 +350,7 @@ def test_what_cannot_be_compiled_is_trained_without_and_this_is_said(data, monke
     run = train(data, compile=True, progress=True)
     said = "torch.compile fails here (no compiler): trained without it\n"
     assert capsys.readouterr().out == said
-    assert said in (run.place / "train.log").read_text()
+    assert said in (run.path / "train.log").read_text()
     assert not run.info["compiled"]
     assert_same_run(run, train(data, retrain=True))
 
@@ -356,13 +387,17 @@ def test_a_finished_run_is_loaded_with_a_line_and_not_trained(data, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_finished_run_keeps_no_checkpoint(data):
+    assert not list(train(data, checkpoint_seconds=0).path.glob("last.pt"))
+
+
 def test_retrain_trains_anew_and_replaces_the_finished_run(data):
     run = train(data)
     again = train(data, retrain=True, name="other")
     assert not again.stored
     assert_same_run(run, again)
     assert train(data).name == "other"
-    assert not run.place.exists()
+    assert not run.path.exists()
 
 
 def test_a_retrain_that_fails_leaves_the_earlier_run(data):
@@ -485,13 +520,24 @@ def test_ctrl_c_stops_after_the_batch_and_the_run_goes_on(data, step, mode, epoc
     assert find(run.key, make_model()) is None
     run = train(data, EVERYTHING)
     assert not run.stored
-    assert (run.place / "train.log").read_text().count("continues at image") == 1
+    assert (run.path / "train.log").read_text().count("continues at image") == 1
     assert_same_run(run, train(data, EVERYTHING, retrain=True))
 
 
-def test_ctrl_c_while_scoring_the_last_epoch_still_finishes(data):
-    run = train(data, model=on_forward(make_model(), 4, interrupt, mode=False))
+def test_ctrl_c_while_scoring_the_last_epoch_is_raised_when_the_run_is_stored(data):
+    with pytest.raises(KeyboardInterrupt):
+        train(data, model=on_forward(make_model(), 4, interrupt, mode=False))
+    run = train(data)
+    assert run.stored
     assert run.stop_reason == "finished all 3 epochs"
+    assert_same_run(run, train(data, retrain=True))
+
+
+def test_an_ignored_ctrl_c_stays_ignored(data):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = train(data, model=on_forward(make_model(), 4, interrupt))
+    assert run.stop_reason == "finished all 3 epochs"
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on(data):
@@ -536,14 +582,18 @@ def exit_code(process):
 KILLS = [
     ("before", "os.fsync", 1),  # config.json
     ("before", "pathlib.Path.replace", 2),  # the first last.pt, written but not in place
-    ("after", "pathlib.Path.replace", 2),  # in place, but history.csv is not
-    ("before", "labutils.training.checkpoint.Tally.add", 3),  # after a step, before its checkpoint
+    ("after", "pathlib.Path.replace", 2),  # in place
+    (
+        "before",
+        "labutils.training.checkpoint.TrainingState.add",
+        3,
+    ),  # after a step, before its checkpoint
     ("before", "labutils.training.loop.loss_and_accuracy", 1),  # last step of an epoch saved
     ("after", "labutils.training.loop.loss_and_accuracy", 1),
     ("after", "os.fsync", 2),
-    ("before", "labutils.training.checkpoint.Tally.add", 5),  # in the last epoch
-    ("before", "pathlib.Path.replace", 9),  # best.safetensors
-    ("after", "pathlib.Path.replace", 4),  # run.json
+    ("before", "labutils.training.checkpoint.TrainingState.add", 5),  # in the last epoch
+    ("before", "pathlib.Path.replace", 4),  # best.safetensors
+    ("after", "pathlib.Path.replace", 2),  # the card
     ("before", "pathlib.Path.rename", 1),  # all written, not yet in the store
     ("after", "pathlib.Path.rename", 1),
 ]
@@ -572,14 +622,11 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(data, tmp_path):
         assert exit_code(in_child(train_and_die, *kill)) == -signal.SIGKILL, kill
     run = train(data, EVERYTHING)
     assert run.stored
-    log = (run.place / "train.log").read_text()
+    log = (run.path / "train.log").read_text()
     images = re.findall(r"(?:starts|continues) at image (\d+) of 144", log)
     assert images == ["0", "0", "13", "39", "48", "48", "61", "109", "144", "144", "144"]
-    left = {path.name for path in tmp_path.glob("runs/**/*") if path.is_file()}
-    assert left == {
-        *("config.json", "history.csv", "last.pt", "best.safetensors", "run.json", "train.log"),
-        f"{run.key}.lock",
-    }
+    assert not list(tmp_path.glob("runs/**/.*.tmp"))
+    assert not list(tmp_path.glob("runs/*.part"))
     assert_same_run(run, train(data, EVERYTHING, retrain=True))
 
 
@@ -633,11 +680,9 @@ def test_a_full_disk_is_named_and_what_was_saved_is_whole(data, tmp_path, limit)
     message = answer.read_text()
     assert f"train: cannot write to {part.parent} (File too large)" in message
     assert "Free space or set LABUTILS_RUNS" in message
-    assert {path.name for path in part.iterdir()} == {
-        *("config.json", "history.csv", "last.pt", "train.log")
-    }
+    assert {path.name for path in part.iterdir()} == {"config.json", "last.pt", "train.log"}
     run = train(data, model=make_model(width))
-    assert "continues at image 26 of" in (run.place / "train.log").read_text()
+    assert "continues at image 26 of" in (run.path / "train.log").read_text()
     assert_same_run(run, train(data, model=make_model(width), retrain=True))
 
 
@@ -669,8 +714,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, checkpoint_seconds):
     assert not list(part.glob(".*"))
     kept = make_model()
     load_weights(kept, part / "best.safetensors")
-    [row] = History.load(part / "history.csv").rows
-    assert lab.evaluate(kept, data.val).loss == pytest.approx(row["val_loss"], rel=1e-6)
+    logged = float(re.search(r"epoch 1/3, .* (\S+) val, acc", (part / "train.log").read_text())[1])
+    assert lab.evaluate(kept, data.val).loss == pytest.approx(logged, abs=1e-4)
 
 
 @pytest.mark.parametrize(("mode", "what"), [(True, "loss"), (False, "validation loss")])
@@ -741,20 +786,47 @@ def test_a_wrong_number_of_outputs_is_refused_before_training(data, tmp_path):
 def test_a_renamed_run_goes_on_under_its_first_name(data):
     train(data, model=on_forward(make_model(), 6, interrupt))
     run = train(data, name="other")
-    assert run.place.name.startswith("run-")
+    assert run.path.name.startswith("run-")
     assert_same_run(run, train(data, retrain=True))
 
 
-def test_final_scores_and_test_metrics_reach_the_mirrors(data, monkeypatch):
-    said = {}
-    mirror = Mirror("mirror", lambda row: None, said.update, lambda: None)
-    monkeypatch.setattr(loop, "open_mirrors", lambda *_, **__: [mirror])
-    monkeypatch.setattr(runs, "open_mirrors", lambda *_, **__: [mirror])
+@pytest.fixture
+def mirror(monkeypatch):
+    """What reaches a mirror: (what, value), with the folders in the runs folder at that time."""
+    calls = []
+
+    def note(what):
+        def call(mirrors, value):
+            assert mirrors == ["mirror"]
+            folders = sorted(path.suffix for path in Path(os.environ["LABUTILS_RUNS"]).glob("*-*"))
+            calls.append((what, value, folders))
+
+        return call
+
+    monkeypatch.setattr(watch, "open_mirrors", lambda track, **named: ["mirror"])
+    monkeypatch.setattr(watch, "log_row", note("row"))
+    monkeypatch.setattr(watch, "close_mirrors", note("close"))
+    return calls
+
+
+def test_mirrors_see_each_epoch_and_are_closed_when_the_run_is_stored(data, mirror):
     run = train(data)
-    assert said["best/val_accuracy"] == run.best("val_accuracy")
-    assert "test/accuracy" not in said
-    metrics = run.test(data)
-    assert (said["test/loss"], said["test/accuracy"]) == (metrics.loss, metrics.accuracy)
+    assert [row for what, row, _ in mirror if what == "row"] == run.rows
+    what, summary, folders = mirror[-1]
+    assert (what, folders) == ("close", [""])
+    assert summary["best/val_accuracy"] == run.best("val_accuracy")
+    assert [what for what, *_ in mirror] == ["row", "row", "row", "close"]
+
+
+@pytest.mark.parametrize("action", [interrupt, spoil])
+def test_mirrors_are_closed_when_a_run_is_cut_off(data, mirror, action):
+    try:
+        train(data, model=on_forward(make_model(), 6, action))
+    except RunError:
+        assert action is spoil
+    what, summary, folders = mirror[-1]
+    assert (what, folders) == ("close", [".part"])
+    assert summary["best/epoch"] == 1
 
 
 def all_frozen():
@@ -769,12 +841,14 @@ def all_frozen():
             {"config": with_changes(augment=lab.Augment(crop=6))},
             "crop = 6 with images of 6x6 pixels: .* at most 5",
         ),
-        ({"config": {"epochs": 3}}, r"config = \{'epochs': 3\} is no labutils.TrainConfig"),
-        ({"config": lab.TrainConfig}, "config = .* is no labutils.TrainConfig"),
-        ({"model": "MLP"}, "model = 'MLP' is no torch.nn.Module"),
-        ({"model": lab.MLP}, "model = .* is no torch.nn.Module"),
+        ({"config": {"epochs": 3}}, r"config = \{'epochs': 3\} is no TrainConfig"),
+        ({"config": lab.TrainConfig}, "config = .* is no TrainConfig"),
+        ({"model": "MLP"}, "model = 'MLP' is no Module"),
+        ({"model": lab.MLP}, "model = .* is no Module"),
+        ({"checkpoint_seconds": "x"}, "checkpoint_seconds = 'x'"),
+        ({"checkpoint_seconds": -1}, "checkpoint_seconds = -1.* greater than or equal to 0"),
         ({"model": all_frozen()}, "no parameter that requires a gradient"),
-        ({"data": "tiny"}, "data = 'tiny' is no labutils.ImageData"),
+        ({"data": "tiny"}, "data = 'tiny' is no ImageData"),
         *[
             ({"name": name}, re.escape(f"name = {name!r}. Use letters, digits"))
             for name in ("a/b", "../a", "", "a b", "a\n", "é", 3)
