@@ -18,7 +18,6 @@ import nbformat
 from ..base.files import atomic_write, project_dir, write_json
 from ..base.settings import first_line
 from . import parameters
-from .claims import MEDIA_TYPE
 
 
 class NotebookError(RuntimeError):
@@ -189,6 +188,8 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def reported(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     """What the claims of an executed notebook hold; empty if it showed none."""
+    from .claims import MEDIA_TYPE  # brings torch, which who only executes a notebook can spare
+
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     bundles = [output.get("data", {}).get(MEDIA_TYPE) for output in outputs]
     # Claims are shown where they belong, and every time with all that came before.

@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import joblib
-import torch
 
 from ..base.settings import first_line
 from .batch import Job, NotebookError, execute
@@ -97,6 +96,8 @@ def signals() -> Iterator[list[int]]:
 
 def machine_shares(at_once: int) -> list[dict[str, str]]:
     """What the notebooks of each worker see of this machine: cores, and one GPU where there are."""
+    import torch
+
     threads = str(max(1, joblib.cpu_count() // at_once))
     shares = [{"OMP_NUM_THREADS": threads, **os.environ} for _ in range(at_once)]
     count = torch.cuda.device_count()

@@ -88,8 +88,10 @@ def check(values: Mapping[str, Any], defaults: Mapping[str, Any], *, owner: str)
         try:
             checked |= settings.check(owner, {name: _hint(name, defaults[name])}, {name: value})
         except ValueError as error:
-            example = "" if value == defaults[name] else f" Its default: {defaults[name]!r}."
-            raise ValueError(f"{settings.first_line(error)}{example}") from None
+            line, default = settings.first_line(error), repr(defaults[name])
+            # In a kernel the default may be what somebody wrote there.
+            hint = f" Its default: {default}." if repr(value) != default else ""
+            raise ValueError(line + hint) from None
     return checked
 
 

@@ -43,9 +43,13 @@ def pretend(monkeypatch):
     """Have the processes of notebooks run a piece of code that starts no kernel."""
     started, popen = [], subprocess.Popen
 
-    def use(code):
+    def use(code, number=None, count=1):
+        """number: a signal that we get as soon as count processes are started."""
+
         def start(arguments, **options):
             started.append(popen([sys.executable, "-c", code, arguments[-1]], **options))
+            if number and len(started) == count:
+                os.kill(os.getpid(), number)
             return started[-1]
 
         monkeypatch.setattr(engine.subprocess, "Popen", start)
@@ -108,33 +112,29 @@ def test_a_process_that_cannot_start_is_a_failure_of_its_notebook_only(jobs, mon
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_a_signal_ends_what_runs_and_starts_nothing_more(number, at_once, jobs, pretend):
-    started = pretend("import sys; sys.stdin.read()")
+def test_a_signal_ends_what_runs_and_nothing_goes_on(number, at_once, jobs, pretend):
+    started = pretend("import sys; sys.stdin.read()", number, at_once)
     # Whatever the tests were started with, here the signals are those of a terminal.
     before = signal.signal(number, signal.default_int_handler)
-    alarm = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
-    signal.setitimer(signal.ITIMER_REAL, 1.5)
     try:
         assert execute(jobs, at_once) == (128 + number, {})
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGALRM, alarm)
         signal.signal(number, before)
-    assert [process.returncode for process in started] == [0] * at_once
+    # Dask may begin with another one while it cancels them all; that ends as well.
+    assert {process.returncode for process in started} == {0}
+    assert at_once <= len(started) < len(jobs)
 
 
 def test_a_process_that_does_not_listen_is_killed(jobs, pretend, monkeypatch):
     monkeypatch.setattr(engine, "GRACE", 0.3)
-    started = pretend("import time; time.sleep(60)")
+    started = pretend("import time; time.sleep(60)", signal.SIGTERM)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    alarm = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    signal.setitimer(signal.ITIMER_REAL, 1.5)
     try:
         assert execute(jobs[:1])[0] == 128 + signal.SIGTERM
     finally:
-        signal.signal(signal.SIGALRM, alarm)
         signal.signal(signal.SIGTERM, before)
-    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    assert {process.returncode for process in started} == {-signal.SIGKILL}
 
 
 def test_an_error_of_our_own_leaves_no_process_behind(jobs, pretend):
@@ -273,7 +273,7 @@ class Project:
         return found
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -319,7 +319,7 @@ def test_a_killed_process_is_tried_again_and_a_killed_sweep_leaves_nothing(real)
     wait_for(gone(process, *again), engine.GRACE)
 
     (real.folder / "hang").unlink()
-    out, err = real.sweep("--jobs", "2").communicate(timeout=120)
+    out, err = real.sweep("--jobs", "2").communicate(timeout=180)
     assert err == ""
     assert "missing, 2 at a time" in out.splitlines()[0]
     assert list(real.outputs().values()) == ["0 45\n", "1 55\n", "2 66\n"]
@@ -341,16 +341,16 @@ def test_a_cluster_goes_on_when_a_worker_is_killed_and_stops_when_nobody_waits(r
     stopped = real.sweep("--scheduler", address)
     [kernel] = real.kernels(1, 1)
     stopped.send_signal(signal.SIGINT)
-    out, err = stopped.communicate(timeout=60)
+    out, err = stopped.communicate(timeout=180)
     assert stopped.returncode == 130
     assert out.splitlines()[0] == f"1.1_demo: 3 combinations, 3 missing, on {address}"
     assert err.startswith("Stopped: ")
-    wait_for(gone(kernel), engine.GRACE)
+    wait_for(gone(kernel), 2 * engine.GRACE)
 
     lost = real.sweep("--scheduler", address)
     kernel = real.kernels(1, 2)[1]
     lost.kill()
-    wait_for(gone(kernel), engine.GRACE)
+    wait_for(gone(kernel), 2 * engine.GRACE)
 
     last = real.sweep("--scheduler", address)
     kernel = psutil.Process(real.kernels(1, 3)[2])
@@ -359,9 +359,9 @@ def test_a_cluster_goes_on_when_a_worker_is_killed_and_stops_when_nobody_waits(r
     real.kernels(1, 4)
     wait_for(gone(kernel.pid, process.pid), engine.GRACE)
     (real.folder / "hang").unlink()
-    assert last.wait(120) == 0
+    assert last.wait(180) == 0
 
     serial = real.sweep("--out", "serial")
-    assert serial.wait(120) == 0
+    assert serial.wait(180) == 0
     assert real.outputs() == real.outputs("serial")
     assert len(real.outputs()) == 3
