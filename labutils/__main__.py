@@ -54,8 +54,6 @@ def run(notebook, profile, given, out, store, jobs, scheduler) -> int:
 
     A claim that fails in the quick profile, with no parameter changed, makes the command fail.
     """
-    import joblib
-
     from .notebook import batch, engine, parameters
 
     values = {
@@ -70,25 +68,21 @@ def run(notebook, profile, given, out, store, jobs, scheduler) -> int:
     todo, failures = [], []
     for path in batch.find_notebooks(notebook):
         try:
-            profile_values = batch.full_parameters(path, report=report) if full else {}
             output = path if store else folder / path.name
-            todo.append(batch.prepare(path, output, {**profile_values, **values}))
+            todo.append(batch.prepare(path, output, values, full=full, report=report))
         except (RuntimeError, ValueError) as error:
             print(error, file=sys.stderr)
             failures.append(path)
 
     def ended(job: batch.Job, error: str | None, seconds: float) -> None:
-        if error:
-            print(error, file=sys.stderr)
-            failures.append(job)
-            return
-        outcome = batch.Outcome.of(job, seconds)
-        print(outcome, flush=True)
-        if outcome.failed and not full and not given:
+        bundle = {} if error else job.reported() or {}
+        text = error or batch.outcome(job.label, seconds, bundle)
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        fails = any(claim["verdict"] == "fails" for claim in bundle.get("rows", []))
+        if error or (fails and not full and not given):
             failures.append(job)
 
-    at_once = min(jobs or joblib.cpu_count(), len(todo))
-    status = engine.execute_all(todo, ended, at_once=at_once, scheduler=scheduler)
+    status = engine.execute_all(todo, ended, at_once=jobs, scheduler=scheduler)
     if status:
         print("Stopped. What has finished is kept.", file=sys.stderr)
     return status or int(bool(failures))

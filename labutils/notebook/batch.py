@@ -46,35 +46,14 @@ class Job:
         return reported(output) if key == self.key else None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an executed notebook reported of itself."""
-
-    notebook: str
-    seconds: float
-    claims: list[dict[str, Any]]
-    headline: str
-
-    @classmethod
-    def of(cls, job: Job, seconds: float) -> Outcome:
-        """What the output of a job that has ended well reports."""
-        bundle = job.reported() or {}
-        return cls(job.label, seconds, bundle.get("rows", []), bundle.get("headline", ""))
-
-    @property
-    def failed(self) -> bool:
-        """Whether a claim fails. One that is not settled does not."""
-        return any(claim["verdict"] == "fails" for claim in self.claims)
-
-    def __str__(self) -> str:
-        others = [claim for claim in self.claims if claim["verdict"] != "holds"]
-        lines = [
-            f"{self.notebook}: {self.seconds:.0f} s, {len(self.claims) - len(others)} of "
-            f"{len(self.claims)} claims hold. {self.headline}"
-        ]
-        for claim in others:
-            lines.append(f"  {claim['verdict']}: {claim['claim']} ({claim['evidence']})")
-        return "\n".join(lines)
+def outcome(label: str, seconds: float, bundle: Mapping[str, Any]) -> str:
+    """A line with time, claims and headline; below it, the claims that fail or are not settled."""
+    claims = bundle.get("rows", [])
+    others = [claim for claim in claims if claim["verdict"] != "holds"]
+    held = f"{len(claims) - len(others)} of {len(claims)} claims hold"
+    lines = [f"{label}: {seconds:.0f} s, {held}. {bundle.get('headline', '')}"]
+    lines += [f"  {row['verdict']}: {row['claim']} ({row['evidence']})" for row in others]
+    return "\n".join(lines)
 
 
 def find_notebooks(name: str) -> list[Path]:
@@ -82,17 +61,12 @@ def find_notebooks(name: str) -> list[Path]:
 
     Raises NotebookError if there is none.
     """
-    known = sorted((project_dir() / "notebooks").glob("*.ipynb"))
-    found = [
-        path
-        for path in known
-        if name in ("all", path.stem, path.name) or path.stem.startswith(f"{name}_")
-    ]
+    known = {path.stem: path for path in sorted((project_dir() / "notebooks").glob("*.ipynb"))}
+    name = name.removesuffix(".ipynb")
+    found = [stem for stem in known if name in ("all", stem) or stem.startswith(f"{name}_")]
     if not found:
-        raise NotebookError(
-            f"run: no notebook {name!r}. Known: all, {', '.join(path.stem for path in known)}."
-        )
-    return found
+        raise NotebookError(f"run: no notebook {name!r}. Known: all, {', '.join(known)}.")
+    return [known[stem] for stem in found]
 
 
 def full_parameters(notebook: Path, *, report: bool = False) -> dict[str, Any]:
@@ -109,10 +83,16 @@ def full_parameters(notebook: Path, *, report: bool = False) -> dict[str, Any]:
     return values
 
 
-def prepare(notebook: Path, output: Path, given: Mapping[str, Any]) -> Job:
-    """A notebook with parameters that were checked. Raises ValueError if one does not fit."""
+def prepare(
+    notebook: Path, output: Path, given: Mapping[str, Any], *, full: bool = False, report=False
+) -> Job:
+    """A notebook with its parameters, checked. full, report: see full_parameters.
+
+    Raises ValueError or NotebookError if they do not fit.
+    """
     known = parameters.of_notebook(notebook)
-    values = parameters.check(given, known, owner=f"run: {notebook.stem}")
+    profile = full_parameters(notebook, report=report) if full else {}
+    values = parameters.check({**profile, **given}, known, owner=f"run: {notebook.stem}")
     failed = project_dir() / "build" / "failed" / notebook.name
     return Job(notebook, values, output.resolve(), failed, notebook.stem)
 
@@ -216,10 +196,7 @@ def write_results(root: Path) -> list[dict[str, Any]]:
     before, begin, rest = readme.read_text().partition("<!-- results -->")
     _, end, after = rest.partition("<!-- /results -->")
     if not end or end in before:
-        raise NotebookError(
-            "results: README.md needs the lines <!-- results --> and, below it, <!-- /results -->. "
-            "Nothing is written."
-        )
+        raise NotebookError("results: README.md needs <!-- results --> and then <!-- /results -->.")
     write_json(root / "reports" / "results.json", rows)
     with atomic_write(readme) as file:
         file.write(f"{before}{begin}\n{markdown_table(rows)}\n{end}{after}".encode())

@@ -1,9 +1,9 @@
 """Notebooks side by side, each in a process of its own; Dask says which worker takes which.
 
-On one machine scheduler and workers are threads in here; on a cluster they are there already, share
-our file system and see the same checkout. A worker starts a process for each notebook and holds its
-standard input open. The process ends with that, and its kernel too: when nobody wants the notebook
-any more as when the worker, or all of us, are killed.
+On one machine the scheduler and its workers are threads in here; those of a cluster share our file
+system. A worker starts a process for each notebook and holds its standard input open. When that
+ends, because the notebook is not wanted any more or because the worker was killed, the process ends
+its kernel and itself.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import joblib
 
 from ..base.settings import first_line
 from .batch import Job, NotebookError, execute
+
+if TYPE_CHECKING:
+    import distributed
 
 GRACE = 15  # seconds a process has to end in; with a busy kernel it takes about six
 RETRIES = 2  # more tries for a notebook whose process was killed
@@ -34,10 +38,13 @@ MARK = "\f"  # where in what a process prints its error begins
 Ended = Callable[[Job, str | None, float], None]  # a job, its error if there was one, its seconds
 
 
-def execute_all(jobs: Sequence[Job], ended: Ended, *, at_once: int, scheduler: str | None) -> int:
+def execute_all(
+    jobs: Sequence[Job], ended: Ended, *, at_once: int | None = None, scheduler: str | None = None
+) -> int:
     """Execute notebooks; one that fails does not keep the others from it. ended: called for each.
 
-    at_once: how many side by side. scheduler: address of one whose workers decide that instead.
+    at_once: how many side by side, by default one a core. scheduler: address of one whose workers
+    decide that instead.
     Returns 0, or 128 + the signal's number after Ctrl-C or a kill.
     Raises OSError if there is no scheduler at the address.
     """
@@ -45,37 +52,44 @@ def execute_all(jobs: Sequence[Job], ended: Ended, *, at_once: int, scheduler: s
         return 0
     import distributed
 
+    at_once = min(at_once or joblib.cpu_count(), len(jobs))
     logging.getLogger("distributed").setLevel(logging.CRITICAL + 1)  # we say what matters
     shares = [] if scheduler else machine_shares(at_once)
     done: queue.SimpleQueue[distributed.Future] = queue.SimpleQueue()
-    with signals() as stop, ExitStack() as stack:
-        cluster = scheduler or stack.enter_context(
-            distributed.LocalCluster(
-                n_workers=at_once,
-                threads_per_worker=1,
-                processes=False,
-                memory_limit=0,
-                dashboard_address="127.0.0.1:0",  # a port that Dask opens, used or not
-                worker_dashboard_address="127.0.0.1:0",
-                scheduler_kwargs={"dashboard": False},
-                silence_logs=False,
-            )
-        )
-        client = stack.enter_context(distributed.Client(cluster, timeout=10))
-        futures = {
-            client.submit(_execute_apart, job, shares, pure=False, retries=RETRIES): job
-            for job in jobs
-        }
-        for future in futures:
+    with (
+        signals() as stop,
+        nullcontext(scheduler) if scheduler else local_cluster(at_once) as cluster,
+        distributed.Client(cluster, timeout=10) as client,
+    ):
+        jobs_of = {}
+        for job in jobs:
+            future = client.submit(_execute_apart, job, shares, pure=False, retries=RETRIES)
             future.add_done_callback(done.put)
+            jobs_of[future] = job
         try:
-            while futures and not stop:
+            while jobs_of and not stop:
                 with suppress(queue.Empty):
                     future = done.get(timeout=0.2)
-                    ended(futures.pop(future), *_result(future))
+                    ended(jobs_of.pop(future), *_result(future))
         finally:
-            client.cancel(list(futures))
+            client.cancel(list(jobs_of))
     return 128 + stop[0] if stop else 0
+
+
+def local_cluster(workers: int) -> distributed.LocalCluster:
+    """A scheduler and workers in this process, which nobody reaches from another machine."""
+    import distributed
+
+    return distributed.LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=False,
+        memory_limit=0,
+        dashboard_address="127.0.0.1:0",  # Dask opens a port even for none
+        worker_dashboard_address="127.0.0.1:0",
+        scheduler_kwargs={"dashboard": False},
+        silence_logs=False,
+    )
 
 
 @contextmanager
@@ -168,6 +182,8 @@ def _main(job: dict) -> None:
 def _end_with_standard_input() -> None:
     os.read(0, 1)  # not by sys.stdin, whose lock would be held when Python ends
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    time.sleep(GRACE)  # nobody may be left who would kill us
+    os._exit(1)
 
 
 if __name__ == "__main__":

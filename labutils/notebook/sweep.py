@@ -84,11 +84,9 @@ def _slug(label: str) -> str:
 
 
 def run(jobs: Sequence[Job], *, at_once: int = 1, scheduler: str | None = None) -> int:
-    """Execute what is missing of a grid; print progress and the table.
+    """Execute what is missing of a grid; print progress and the table. See engine.execute_all.
 
-    at_once, scheduler: see engine.execute_all.
-    Returns the exit status: 0, 1 if a notebook failed, 128 + the signal's number after Ctrl-C or a
-    kill.
+    Returns the exit status: 0, 1 if a notebook failed, 128 + the signal's number after a signal.
     """
     total, folder = len(jobs), jobs[0].output.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,31 +99,27 @@ def run(jobs: Sequence[Job], *, at_once: int = 1, scheduler: str | None = None) 
         print(f"[{number}/{total}] {job.label}: already there", flush=True)
     failures = []
 
-    def show(job: Job, error: str | None, seconds: float) -> None:
+    def ended(job: Job, error: str | None, seconds: float) -> None:
         if error is None:
             finished.append(job)
-            line = str(batch.Outcome.of(job, seconds)).splitlines()[0]
+            line = batch.outcome(job.label, seconds, job.reported() or {})
         else:
             failures.append(job)
-            line = f"{job.label}: FAILED: {error.splitlines()[0]}"
-            line += f"; see {job.failed}" if job.failed.exists() else ""
-        print(f"[{len(finished) + len(failures)}/{total}] {line}", flush=True)
+            line = f"{job.label}: FAILED: {error}"
+        kept = f"; see {job.failed}" if error and job.failed.exists() else ""
+        done = len(finished) + len(failures)
+        print(f"[{done}/{total}] {line.splitlines()[0]}{kept}", flush=True)
 
-    status = engine.execute_all(missing, show, at_once=at_once, scheduler=scheduler)
+    status = engine.execute_all(missing, ended, at_once=at_once, scheduler=scheduler)
     bundles = {job: bundle for job in jobs if (bundle := job.reported()) is not None}
     if status:
-        print(
-            f"Stopped: {len(bundles)} of {total} are done. The same command does the others.",
-            file=sys.stderr,
-        )
-        return status
-    _show(table(bundles), folder / "table.csv")
-    if failures:
-        print(
-            f"{len(failures)} of {total} failed. The same command tries them again.",
-            file=sys.stderr,
-        )
-    return int(bool(failures))
+        line = f"Stopped: {len(bundles)} of {total} are done. The same command does the others."
+    else:
+        _show(table(bundles), folder / "table.csv")
+        line = f"{len(failures)} of {total} failed. The same command tries them again."
+    if status or failures:
+        print(line, file=sys.stderr)
+    return status or int(bool(failures))
 
 
 def table(bundles: Mapping[Job, Mapping[str, Any]]) -> pd.DataFrame:

@@ -217,6 +217,17 @@ def test_workers_get_a_gpu_each_where_there_are_several(count, visible, expected
     assert found == expected
 
 
+def test_by_default_there_is_a_notebook_for_each_core_but_no_more_than_there_are(jobs, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engine, "machine_shares", lambda at_once: seen.append(at_once) or 1 / 0)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    for at_once in (None, 1, 3, 40):
+        with pytest.raises(ZeroDivisionError):
+            engine.execute_all(jobs, print, at_once=at_once)
+    assert seen == [2, 1, 3, 4]
+    assert engine.execute_all([], print) == 0
+
+
 def test_a_scheduler_that_is_not_there_is_an_error(jobs):
     with pytest.raises(OSError, match=r"tcp://127\.0\.0\.1:9"):
         engine.execute_all(jobs, print, at_once=1, scheduler="tcp://127.0.0.1:9")
