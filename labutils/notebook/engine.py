@@ -61,18 +61,18 @@ def execute_all(
         nullcontext(scheduler) if scheduler else local_cluster(at_once) as cluster,
         distributed.Client(cluster, timeout=10) as client,
     ):
-        jobs_of = {}
+        waiting = {}
         for job in jobs:
             future = client.submit(_execute_apart, job, shares, pure=False, retries=RETRIES)
             future.add_done_callback(done.put)
-            jobs_of[future] = job
+            waiting[future] = job
         try:
-            while jobs_of and not stop:
+            while waiting and not stop:
                 with suppress(queue.Empty):
                     future = done.get(timeout=0.2)
-                    ended(jobs_of.pop(future), *_result(future))
+                    ended(waiting.pop(future), *_result(future))
         finally:
-            client.cancel(list(jobs_of))
+            client.cancel(list(waiting))
     return 128 + stop[0] if stop else 0
 
 
