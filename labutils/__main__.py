@@ -2,171 +2,157 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-import yaml
+import click
 
 from .base.files import data_dir, project_dir
 
-RUN_EXAMPLES = """\
-examples:
-  python -m labutils run all                           quick profile of every notebook, into build/
-  python -m labutils run 1.1 -p epochs 3               with a parameter changed
-  python -m labutils run 1.1 -p grid_widths "[3, 10]"  values are YAML
-  python -m labutils run 1.1 --profile full            real data, into reports/; reuses runs
-  python -m labutils run 1.1 --profile full -p retrain true     ... and trained from nothing
-  python -m labutils run all --store                   refresh the outputs stored in notebooks/
-A claim that fails in the quick profile, with no parameter changed, makes the command fail."""
-
-SWEEP_EXAMPLES = """\
-examples:
-  python -m labutils sweep 1.1 -p seed 0,1,2                    a run for each value of `seeds`
-  python -m labutils sweep 1.1 -p lr 0.003,0.01,0.03 -p seed 0,1,2 --jobs 3
-                                                                nine runs, three at a time
-  python -m labutils sweep 1.1 -p grid_widths "[3, 10],[64]"    values are YAML, here two lists
-  python -m labutils sweep 1.1 --profile full -p epochs 20,40   the rest as in the full profile
-Every run is a process and leaves its notebook in build/sweeps/; a table of all is printed at the
-end. The same command again does only what is missing: failed, stopped, or changed since."""
-
-DATA_EXAMPLES = """\
-examples:
-  python -m labutils data                              what is known, and where it is looked for
-  python -m labutils data mnist cifar10                fetch if needed, check, print sizes
-  python -m labutils data folder:~/my-images           check a folder of your own
-Data sets are looked for under $LABUTILS_DATA (now {folder})."""
-
-RESULTS_EXAMPLES = """\
-example:
-  python -m labutils results       rebuild reports/results.json and README.md from the reports"""
+PROFILE = click.option("--profile", type=click.Choice(["quick", "full"]), default="quick")
+OUT = click.option("--out", type=click.Path(path_type=Path), help="Folder for what comes out.")
+SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster that runs.")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 1 after an error or a failed claim.
-
-    A sweep that is stopped returns 128 and the number of the signal, as shells do.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m labutils", description="Run notebooks, look after data, collect results."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    shared = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-
-    run = commands.add_parser("run", help="execute notebooks", epilog=RUN_EXAMPLES, **shared)
-    run.add_argument("notebook", help="number (1.1), name, or all")
-    run.add_argument("--profile", choices=["quick", "full"], default="quick")
-    run.add_argument(
-        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
-    )
-    where = run.add_mutually_exclusive_group()
-    where.add_argument("--out", type=Path, help="folder (default: build/, for full: reports/)")
-    where.add_argument("--store", action="store_true", help="write into notebooks/ itself")
-    run.set_defaults(action=_run)
-
-    sweep = commands.add_parser(
-        "sweep", help="run a notebook with many parameters", epilog=SWEEP_EXAMPLES, **shared
-    )
-    sweep.add_argument("notebook", help="number (1.1) or name")
-    sweep.add_argument("--profile", choices=["quick", "full"], default="quick")
-    sweep.add_argument(
-        "-p",
-        "--parameter",
-        nargs=2,
-        action="append",
-        required=True,
-        metavar=("NAME", "VALUES"),
-        help="a parameter and its values, commas between; more than once: all combinations",
-    )
-    sweep.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    sweep.add_argument("--out", type=Path, help="folder (default: build/sweeps/NOTEBOOK/)")
-    sweep.set_defaults(action=_sweep)
-
-    epilog = DATA_EXAMPLES.format(folder=data_dir())
-    data = commands.add_parser("data", help="find, fetch and check data", epilog=epilog, **shared)
-    data.add_argument("names", nargs="*", metavar="NAME")
-    data.set_defaults(action=_data)
-
-    results = commands.add_parser(
-        "results", help="collect results of the reports", epilog=RESULTS_EXAMPLES, **shared
-    )
-    results.set_defaults(action=_results)
-
-    parsed = parser.parse_args(arguments)
+    """Run one command. Returns the exit status: 1 after an error or a claim that fails, 2 if the
+    command is not understood, 128 + the signal's number after Ctrl-C or a kill, else 0."""
     try:
-        return parsed.action(parsed)
+        return commands.main(arguments, "python -m labutils", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:  # so click calls Ctrl-C
+        print("Stopped.", file=sys.stderr)
+        return 130
     except (RuntimeError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 
 
-def _run(parsed: argparse.Namespace) -> int:
-    from .notebook import batch
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def commands() -> None:
+    """Run notebooks, look after data, collect results."""
 
-    given: dict[str, Any] = {name: yaml.safe_load(value) for name, value in parsed.parameter}
-    full = parsed.profile == "full"
-    if parsed.store and (full or given):
+
+@commands.command()
+@click.argument("notebook")
+@PROFILE
+@click.option("-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE")
+@OUT
+@click.option("--store", is_flag=True, help="Write into notebooks/ itself.")
+@click.option("--jobs", type=click.IntRange(1), help="Notebooks at a time; default: one a core.")
+@SCHEDULER
+def run(notebook, profile, given, out, store, jobs, scheduler) -> int:
+    """Execute NOTEBOOK: its number (1.1), its name, or all.
+
+    \b
+    python -m labutils run all                           quick profile of all, into build/
+    python -m labutils run 1.1 -p epochs 3 -p grid_widths "[3, 10]"          values are YAML
+    python -m labutils run 1.1 --profile full            real data, into reports/; reuses runs
+    python -m labutils run 1.1 --profile full -p retrain true     ... and trained from nothing
+
+    A claim that fails in the quick profile, with no parameter changed, makes the command fail.
+    """
+    from .notebook import batch, engine, parameters
+
+    values = {
+        name: parameters.from_yaml(text, owner=f"run: -p {name} {text!r}") for name, text in given
+    }
+    full = profile == "full"
+    if store and (full or given or out):
         raise ValueError("run: --store keeps the quick profile as it is; leave out other options.")
     # Only the full profile as it stands makes a report; anything else is an experiment.
-    report = full and parsed.out is None and set(given) <= {"retrain"}
-    folder = parsed.out or project_dir() / ("reports" if report else "build")
-    failures = 0
-    for notebook in batch.find_notebooks(parsed.notebook):
-        profile = batch.full_parameters(notebook, report=report) if full else {}
-        parameters = {**profile, **given}
-        output = notebook if parsed.store else folder / notebook.name
-        if sys.stderr.isatty():
-            print(f"{notebook.stem} → {output}", file=sys.stderr)
+    report = full and out is None and set(values) <= {"retrain"}
+    folder = out or project_dir() / ("reports" if report else "build")
+    todo, failures = [], []
+    for path in batch.find_notebooks(notebook):
         try:
-            outcome = batch.run_notebook(notebook, output, parameters)
-        except batch.NotebookError as error:
+            output = path if store else folder / path.name
+            todo.append(batch.prepare(path, output, values, full=full, report=report))
+        except (RuntimeError, ValueError) as error:
             print(error, file=sys.stderr)
-            failures += 1
-            continue
-        print(outcome, flush=True)
-        failures += bool(outcome.failed) and not full and not given
-    return int(failures > 0)
+            failures.append(path)
+
+    def ended(job: batch.Job, error: str | None, seconds: float) -> None:
+        bundle = {} if error else job.reported() or {}
+        text = error or batch.outcome(job.label, seconds, bundle)
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        fails = any(claim["verdict"] == "fails" for claim in bundle.get("rows", []))
+        if error or (fails and not full and not given):
+            failures.append(job)
+
+    status = engine.execute_all(todo, ended, at_once=jobs, scheduler=scheduler)
+    if status:
+        print("Stopped. What has finished is kept.", file=sys.stderr)
+    return status or int(bool(failures))
 
 
-def _sweep(parsed: argparse.Namespace) -> int:
-    from .notebook import batch, sweep
+@commands.command()
+@click.argument("notebook")
+@PROFILE
+@click.option(
+    "-p", "--parameter", "axes", nargs=2, multiple=True, required=True, metavar="NAME VALUES"
+)
+@OUT
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Notebooks at a time; default: 1.")
+@SCHEDULER
+def sweep(notebook, profile, axes, out, jobs, scheduler) -> int:
+    """Execute NOTEBOOK once for each combination of values, and print a table of the scores.
 
-    notebooks = batch.find_notebooks(parsed.notebook)
-    if parsed.notebook == "all" or len(notebooks) > 1:
+    \b
+    python -m labutils sweep 1.1 -p lr 0.003,0.01 -p seed 0,1,2 --jobs 3     six, three at a time
+    python -m labutils sweep 1.1 -p grid_widths "[3, 10],[64]"               two lists
+    python -m labutils sweep 1.1 --profile full -p epochs 20,40              the rest as in full
+
+    What comes out is in build/sweeps/. The same command again does only what is missing: failed,
+    stopped, or changed since.
+    """
+    from .notebook import batch
+    from .notebook import sweep as sweeps
+
+    paths = batch.find_notebooks(notebook)
+    if notebook == "all" or len(paths) > 1:
         raise ValueError(
-            f"sweep: {parsed.notebook!r} may be more than one notebook. Give one: "
-            f"{', '.join(path.stem for path in notebooks)}."
+            f"sweep: {notebook!r} may be more than one notebook. Give one: "
+            f"{', '.join(path.stem for path in paths)}."
         )
-    full = parsed.profile == "full"
-    points = sweep.grid(notebooks[0], parsed.parameter, full=full, out=parsed.out)
-    return sweep.run(points, jobs=parsed.jobs)
+    grid = sweeps.grid(paths[0], axes, full=profile == "full", out=out)
+    return sweeps.run(grid, at_once=jobs, scheduler=scheduler)
 
 
-def _data(parsed: argparse.Namespace) -> int:
+@commands.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def data(names) -> None:
+    """Find, fetch and check data sets; without a name, list what is here.
+
+    \b
+    python -m labutils data mnist cifar10
+    python -m labutils data folder:~/my-images           a folder of your own
+    """
     from .data.load import load_data
     from .data.sources import EMBEDDED, KNOWN
 
-    if not parsed.names:
+    if not names:
         for name in EMBEDDED:
             print(f"{name}: embedded")
         for name, known in KNOWN.items():
-            places = [
-                path for path in (f"{name}.npz", known.folder) if (data_dir() / path).exists()
-            ]
-            print(f"{name}: {places[0] if places else 'not here yet'}")
+            files = [path for path in (f"{name}.npz", known.folder) if (data_dir() / path).exists()]
+            print(f"{name}: {files[0] if files else 'not here yet'}")
         print(f"Looked for in {data_dir()}. `python -m labutils data NAME` fetches and checks one.")
-    for name in parsed.names:
+    for name in names:
         print(load_data(name, device="cpu"), flush=True)
-    return 0
 
 
-def _results(parsed: argparse.Namespace) -> int:
+@commands.command()
+def results() -> None:
+    """Rebuild reports/results.json and the table in README.md from the reports.
+
+    python -m labutils results
+    """
     from .notebook.batch import write_results
 
-    rows = write_results(project_dir())
-    print(f"{len(rows)} rows in reports/results.json and README.md")
-    return 0
+    print(f"{len(write_results(project_dir()))} rows in reports/results.json and README.md")
 
 
 if __name__ == "__main__":

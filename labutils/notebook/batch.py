@@ -1,60 +1,59 @@
-"""Notebooks without a person: run one through papermill, collect what reports found."""
+"""Notebooks without a person: execute one through papermill, collect what the reports found.
+
+`engine` executes many side by side.
+"""
 
 from __future__ import annotations
 
-import ast
-import os
-import re
+import json
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 
 from ..base.files import atomic_write, project_dir, write_json
-from ..base.settings import suggestion
-from .claims import MEDIA_TYPE
-
-FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+from ..base.settings import first_line
+from . import parameters
 
 
 class NotebookError(RuntimeError):
-    """A notebook does not exist, cannot take its parameters, or a cell of it failed."""
+    """A notebook does not exist, cannot be read, or a cell of it failed."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an executed notebook reported of itself."""
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A notebook that is to be executed."""
 
-    notebook: str
-    seconds: float
-    claims: list[dict[str, Any]]
-    headline: str
+    notebook: Path
+    parameters: Mapping[str, Any]  # those that its parameters cell shall not decide
+    output: Path
+    failed: Path  # where what ran is kept if a cell fails
+    label: str  # names it to the user
+    key: str | None = None  # of a sweep's code and parameters: other outputs are out of date
+    varied: Mapping[str, Any] = field(default_factory=dict)  # what the sweep sets, as it was given
 
-    @classmethod
-    def of(cls, notebook: str, seconds: float, said: Mapping[str, Any]) -> Outcome:
-        """said: what its Claims hold, as `reported` finds it."""
-        return cls(notebook, seconds, said.get("rows", []), said.get("headline", ""))
+    def reported(self) -> dict[str, Any] | None:
+        """What the output reports, None if there is none, or only that of another key."""
+        try:
+            output = read(self.output)
+        except (FileNotFoundError, NotebookError):
+            return None
+        key = output.metadata.get("labutils", {}).get("sweep")
+        return reported(output) if key == self.key else None
 
-    @property
-    def failed(self) -> list[dict[str, Any]]:
-        return [claim for claim in self.claims if not claim["holds"]]
 
-    def __str__(self) -> str:
-        held = len(self.claims) - len(self.failed)
-        lines = [
-            f"{self.notebook}: {self.seconds:.0f} s, {held} of {len(self.claims)} claims hold. "
-            f"{self.headline}"
-        ]
-        lines += [f"  fails: {claim['claim']} ({claim['evidence']})" for claim in self.failed]
-        return "\n".join(lines)
+def outcome(label: str, seconds: float, bundle: Mapping[str, Any]) -> str:
+    """A line with time, claims and headline; below it, the claims that fail or are not settled."""
+    claims = bundle.get("rows", [])
+    others = [claim for claim in claims if claim["verdict"] != "holds"]
+    held = f"{len(claims) - len(others)} of {len(claims)} claims hold"
+    lines = [f"{label}: {seconds:.0f} s, {held}. {bundle.get('headline', '')}"]
+    lines += [f"  {row['verdict']}: {row['claim']} ({row['evidence']})" for row in others]
+    return "\n".join(lines)
 
 
 def find_notebooks(name: str) -> list[Path]:
@@ -62,71 +61,12 @@ def find_notebooks(name: str) -> list[Path]:
 
     Raises NotebookError if there is none.
     """
-    known = sorted((project_dir() / "notebooks").glob("*.ipynb"))
-    found = [
-        path
-        for path in known
-        if name in ("all", path.stem, path.name) or path.stem.startswith(f"{name}_")
-    ]
+    known = {path.stem: path for path in sorted((project_dir() / "notebooks").glob("*.ipynb"))}
+    name = name.removesuffix(".ipynb")
+    found = [stem for stem in known if name in ("all", stem) or stem.startswith(f"{name}_")]
     if not found:
-        raise NotebookError(
-            f"run: no notebook {name!r}. Known: all, {', '.join(path.stem for path in known)}."
-        )
-    return found
-
-
-def parameters_of(notebook: Path) -> dict[str, Any]:
-    """Names and default values of the cell tagged `parameters`."""
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            return {
-                target.id: ast.literal_eval(statement.value)
-                for statement in ast.parse(cell.source).body
-                if isinstance(statement, ast.Assign)
-                for target in statement.targets
-                if isinstance(target, ast.Name)
-            }
-    raise NotebookError(f"run: {notebook.name} has no cell tagged 'parameters'.")
-
-
-def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse unknown names and values of another type before anything runs. Returns the values.
-
-    Raises NotebookError naming the parameter and those that the notebook has.
-    """
-    known, values = parameters_of(notebook), {}
-    for name, value in given.items():
-        if name not in known:
-            raise NotebookError(
-                f"run: {notebook.stem} has no parameter {name!r}.{suggestion(name, known)} "
-                f"It has: {', '.join(known)}."
-            )
-        try:
-            values[name] = _fit(value, known[name])
-        except TypeError:
-            kind = type(known[name])
-            wanted = KIND_NAMES.get(kind, f"a {kind.__name__}")
-            if kind is list and isinstance(value, list):
-                wanted += f", every item {KIND_NAMES.get(type(known[name][0]), 'a list')}"
-            raise NotebookError(
-                f"run: {notebook.stem}: {name} = {value!r}. Give {wanted}, like its default "
-                f"{known[name]!r}."
-            ) from None
-    return values
-
-
-def _fit(value: Any, like: Any) -> Any:
-    """The value as the kind of like, and items of a list as its items; TypeError if it is not."""
-    kind = type(like)
-    if kind is float and (
-        type(value) is int or (isinstance(value, str) and FLOAT.fullmatch(value))
-    ):
-        return float(value)  # YAML takes 1e-3 for text
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise TypeError
-    if kind is list and len({type(item) for item in like}) == 1:
-        return [_fit(item, like[0]) for item in value]
-    return value
+        raise NotebookError(f"run: no notebook {name!r}. Known: all, {', '.join(known)}.")
+    return [known[stem] for stem in found]
 
 
 def full_parameters(notebook: Path, *, report: bool = False) -> dict[str, Any]:
@@ -137,68 +77,80 @@ def full_parameters(notebook: Path, *, report: bool = False) -> dict[str, Any]:
     path = notebook.parent / "full" / f"{notebook.stem}.yaml"
     if not path.exists():
         raise NotebookError(f"run: {notebook.stem} has no full profile ({path} is missing).")
-    parameters = yaml.safe_load(path.read_text())
-    if not report and "publish" in parameters:
-        parameters["publish"] = False
-    return parameters
+    values = parameters.from_yaml(path.read_text(), owner=str(path))
+    if not report and "publish" in values:
+        values["publish"] = False
+    return values
 
 
-def run_notebook(
-    notebook: Path,
-    output: Path,
-    parameters: Mapping[str, Any],
-    *,
-    failed: Path | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> Outcome:
-    """Execute a notebook into output, which is replaced only when every cell ran.
+def prepare(
+    notebook: Path, output: Path, given: Mapping[str, Any], *, full: bool = False, report=False
+) -> Job:
+    """A notebook with its parameters, checked. full, report: see full_parameters.
 
-    failed: where to keep what ran when a cell fails; default: build/failed/. metadata: added to
-    that of the output.
-    Raises NotebookError for parameters that do not fit, or if a cell fails.
+    Raises ValueError or NotebookError if they do not fit.
+    """
+    known = parameters.of_notebook(notebook)
+    profile = full_parameters(notebook, report=report) if full else {}
+    values = parameters.check({**profile, **given}, known, owner=f"run: {notebook.stem}")
+    failed = project_dir() / "build" / "failed" / notebook.name
+    return Job(notebook, values, output.resolve(), failed, notebook.stem)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """A notebook from its file. Raises NotebookError naming it if it is damaged."""
+    try:
+        notebook = nbformat.from_dict(json.loads(path.read_text()))
+        nbformat.validate(notebook)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # JSON that is no notebook fails in many ways
+        raise NotebookError(
+            f"{path} is no notebook ({first_line(error)}). Delete it, or execute it again."
+        ) from None
+    return notebook
+
+
+def execute(job: Job) -> None:
+    """Execute a notebook into its output, which is replaced only when every cell ran.
+
+    Raises NotebookError if a cell fails, and keeps what ran where the job says.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
-    parameters = check_parameters(notebook, parameters)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    failed = failed or project_dir() / "build" / "failed" / output.name
-    failed.unlink(missing_ok=True)
-    # A kernel below a JupyterLab terminal would otherwise believe that somebody watches it.
-    watched = os.environ.pop("JPY_SESSION_NAME", None)
-    started = time.monotonic()
+    name = job.notebook.stem
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    job.failed.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="labutils-run-") as folder:
-        draft = Path(folder) / output.name
+        draft = Path(folder) / job.output.name
         try:
             papermill.execute_notebook(
-                notebook,
+                job.notebook,
                 draft,
-                parameters,
-                progress_bar=sys.stderr.isatty(),
+                job.parameters,
+                progress_bar=False,
                 # Kernels warn on the terminal when what they send is not encrypted.
                 config=Config(KernelManager={"transport_encryption": "auto"}),
             )
         except papermill.PapermillExecutionError as error:
-            failed.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(draft, failed)
+            job.failed.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(draft, job.failed)
             raise NotebookError(
-                f"run: {notebook.stem} failed in cell {error.exec_count}: {error.ename}: "
-                f"{error.evalue}\nWhat ran is in {failed}; {output.name} is as it was."
+                f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
+                f"What ran is in {job.failed}; {job.output.name} is as it was."
             ) from None
         except DeadKernelError:
             raise NotebookError(
-                f"run: {notebook.stem}: its kernel died, as it does when memory runs out or "
-                f"compiled code crashes. Try a smaller batch_size; {output.name} is as it was."
+                f"{name}: its kernel died, as it does when memory runs out or compiled code "
+                f"crashes. Try a smaller batch_size; {job.output.name} is as it was."
             ) from None
-        finally:
-            if watched is not None:
-                os.environ["JPY_SESSION_NAME"] = watched
-        finished = clean(nbformat.read(draft, as_version=4))
-    finished.metadata.update(metadata or {})
-    with atomic_write(output) as file:
-        file.write(nbformat.writes(finished).encode() + b"\n")
-    return Outcome.of(notebook.stem, time.monotonic() - started, reported(finished))
+        notebook = clean(nbformat.read(draft, as_version=4))
+    if job.key:
+        notebook.metadata["labutils"] = {"sweep": job.key}
+    with atomic_write(job.output) as file:
+        file.write(nbformat.writes(notebook).encode() + b"\n")
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -215,22 +167,22 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def reported(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """What the Claims of an executed notebook hold; empty if it showed none."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if MEDIA_TYPE in output.get("data", {}):
-                return output["data"][MEDIA_TYPE]
-    return {}
+    """What the claims of an executed notebook hold; empty if it showed none."""
+    from .claims import MEDIA_TYPE  # brings torch, which who only executes a notebook can spare
+
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    bundles = [output.get("data", {}).get(MEDIA_TYPE) for output in outputs]
+    # Claims are shown where they belong, and every time with all that came before.
+    return next((bundle for bundle in reversed(bundles) if bundle), {})
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
     """Headline rows of all reports in a folder, each with the command that measures it again."""
     rows = []
     for path in sorted(folder.glob("*.ipynb")):
-        said = reported(nbformat.read(path, as_version=4))
         number = path.stem.partition("_")[0]
         command = f"python -m labutils run {number} --profile full -p retrain true"
-        for row in said.get("headline_rows", []):
+        for row in reported(read(path)).get("headline_rows", []):
             if row.get("headline", True):
                 row = {name: row[name] for name in row if name not in ("values", "headline")}
                 rows.append({**row, "command": command, "report": f"{folder.name}/{path.name}"})
@@ -240,16 +192,14 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 def write_results(root: Path) -> list[dict[str, Any]]:
     """Rebuild reports/results.json, and the results table of README.md between its markers."""
     rows = collect(root / "reports")
-    write_json(root / "reports" / "results.json", rows)
     readme = root / "README.md"
-    begin, end = "<!-- results -->", "<!-- /results -->"
-    text = readme.read_text()
-    if begin not in text or end not in text:
-        raise NotebookError(f"results: README.md lacks the markers {begin} and {end}.")
-    table = f"{begin}\n{markdown_table(rows)}\n{end}"
-    text = re.sub(f"{begin}.*?{end}", lambda _: table, text, flags=re.DOTALL)
+    before, begin, rest = readme.read_text().partition("<!-- results -->")
+    _, end, after = rest.partition("<!-- /results -->")
+    if not end or end in before:
+        raise NotebookError("results: README.md needs <!-- results --> and then <!-- /results -->.")
+    write_json(root / "reports" / "results.json", rows)
     with atomic_write(readme) as file:
-        file.write(text.encode())
+        file.write(f"{before}{begin}\n{markdown_table(rows)}\n{end}{after}".encode())
     return rows
 
 

@@ -1,5 +1,6 @@
-"""Running notebooks: parameters checked first, outputs whole or untouched, results collected."""
+"""Executing notebooks: parameters checked first, outputs whole or untouched, results collected."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -33,21 +34,33 @@ def make_notebook(project):
     return make
 
 
-CLAIMS = """
-import labutils as lab
-claims = lab.Claims("1.1", headline=f"{epochs} epochs")
-claims.add("Epochs are enough", epochs >= 3, f"{epochs}")
-claims
+# A cell that shows claims shows those of the cells before it as well.
+CLAIMS = f"""
+from IPython.display import display
+rows = []
+def show(claim, verdict):
+    rows.append({{"claim": claim, "evidence": f"{{epochs}}", "verdict": verdict}})
+    bundle = {{"exercise": "1.1", "headline": f"{{epochs}} epochs", "rows": rows}}
+    display({{{claims.MEDIA_TYPE!r}: bundle}}, raw=True)
 """
 
 
 def test_a_notebook_runs_with_its_parameters_and_reports_its_claims(make_notebook, project):
     output = project / "build" / "out.ipynb"
-    outcome = batch.run_notebook(make_notebook(CLAIMS), output, {"epochs": 2})
-    assert outcome.headline == "2 epochs"
-    assert [claim["claim"] for claim in outcome.failed] == ["Epochs are enough"]
-    assert "0 of 1 claims hold" in str(outcome)
-    assert "fails: Epochs are enough (2)" in str(outcome)
+    path = make_notebook(
+        CLAIMS,
+        "show('Epochs are enough', 'fails' if epochs < 3 else 'holds')",
+        "show('More would help', 'not settled')",
+        "show('Two is a number', 'holds')",
+        "'the end'",
+    )
+    job = batch.prepare(path, output, {"epochs": 2})
+    batch.execute(job)
+    assert batch.outcome(job.label, 33.6, job.reported()).splitlines() == [
+        "1.1_demo: 34 s, 1 of 3 claims hold. 2 epochs",
+        "  fails: Epochs are enough (2)",
+        "  not settled: More would help (2)",
+    ]
     text = output.read_text()
     assert str(project) not in text
     assert "papermill" not in json.loads(text)["metadata"]
@@ -58,7 +71,7 @@ def test_a_failing_cell_is_named_and_the_earlier_output_stays(make_notebook, pro
     output = project / "reports" / "1.1_demo.ipynb"
     output.write_text("the earlier report")
     with pytest.raises(batch.NotebookError, match=r"1\.1_demo failed.*ZeroDivisionError") as error:
-        batch.run_notebook(make_notebook("1 / 0"), output, {})
+        batch.execute(batch.prepare(make_notebook("1 / 0"), output, {}))
     assert output.read_text() == "the earlier report"
     kept = project / "build" / "failed" / output.name
     assert str(kept) in str(error.value)
@@ -70,58 +83,32 @@ def test_a_kernel_that_dies_is_an_error_like_others(make_notebook, project):
     output = project / "reports" / "1.1_demo.ipynb"
     output.write_text("the earlier report")
     with pytest.raises(batch.NotebookError, match=r"1\.1_demo: its kernel died.*batch_size"):
-        batch.run_notebook(make_notebook("import os; os._exit(1)"), output, {})
+        batch.execute(batch.prepare(make_notebook("import os; os._exit(1)"), output, {}))
     assert output.read_text() == "the earlier report"
 
 
 def test_an_output_can_carry_a_mark_and_failures_a_name_of_their_own(make_notebook, project):
     output, failed = project / "build" / "out.ipynb", project / "kept" / "mine.ipynb"
     path = make_notebook("1 / fast")
-    options = {"failed": failed, "metadata": {"labutils": {"sweep": "abc"}}}
+    job = batch.Job(path, {"fast": False}, output, failed, "label", key="abc")
     with pytest.raises(batch.NotebookError, match=f"What ran is in {failed}"):
-        batch.run_notebook(path, output, {"fast": False}, **options)
+        batch.execute(job)
     assert failed.exists()
     assert not output.exists()
-    batch.run_notebook(path, output, {}, **options)
+    batch.execute(dataclasses.replace(job, parameters={}))
     assert nbformat.read(output, 4).metadata["labutils"] == {"sweep": "abc"}
     assert not failed.exists()
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"epoch": 3}, r"no parameter 'epoch'\. Did you mean 'epochs'\? It has: epochs, lr, name"),
-        ({"epochs": "3"}, r"epochs = '3'\. Give a whole number, like its default 3"),
-        ({"epochs": 2.5}, r"epochs = 2\.5"),
-        ({"epochs": True}, r"epochs = True"),
-        ({"fast": 1}, r"fast = 1\. Give true or false"),
-        ({"lr": "0.1"}, r"lr = '0\.1'\. Give a number"),
-        ({"widths": "(1, 2)"}, r"widths = '\(1, 2\)'\. Give a list, like its default \[1, 2\]"),
-        ({"widths": [3, "4"]}, r"widths = \[3, '4'\]\. Give a list, every item a whole number"),
-        ({"widths": [3, True]}, r"widths = \[3, True\]\. Give a list, every item a whole number"),
-    ],
-)
-def test_parameters_that_do_not_fit_are_refused_before_anything_runs(
-    make_notebook, project, given, message
-):
+def test_parameters_that_do_not_fit_are_refused_before_anything_runs(make_notebook, project):
     output = project / "build" / "out.ipynb"
-    with pytest.raises(batch.NotebookError, match=message):
-        batch.run_notebook(make_notebook("1 / 0"), output, given)
+    with pytest.raises(
+        ValueError, match=r"^run: 1\.1_demo has no parameter 'epoch'\. Did you mean"
+    ):
+        batch.prepare(make_notebook("1 / 0"), output, {"epoch": 3})
+    with pytest.raises(ValueError, match=r"^run: 1\.1_demo: epochs = 0\."):
+        batch.prepare(make_notebook("1 / 0"), output, {"epochs": 0})
     assert not output.parent.exists()
-
-
-def test_a_whole_number_and_an_exponent_are_good_enough_for_a_number(make_notebook):
-    assert batch.check_parameters(make_notebook(), {"lr": 1}) == {"lr": 1}
-    assert batch.check_parameters(make_notebook(), {"lr": "1e-3"}) == {"lr": 0.001}
-
-
-def test_items_of_a_list_are_of_the_kind_of_its_default_where_that_is_one(make_notebook, project):
-    path = make_notebook()
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells[0].source = "rates = [0.1]\nempty = []\nmixed = [1, 'a']"
-    nbformat.write(notebook, path)
-    given = {"rates": [1, "1e-3", 0.5], "empty": ["a"], "mixed": [None]}
-    assert batch.check_parameters(path, given) == {**given, "rates": [1.0, 0.001, 0.5]}
 
 
 def test_notebooks_are_found_by_number_name_and_all(make_notebook):
@@ -141,9 +128,12 @@ def test_a_missing_full_profile_or_parameters_cell_is_named(make_notebook, proje
     (project / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: 9\npublish: true\n")
     assert batch.full_parameters(path) == {"epochs": 9, "publish": False}
     assert batch.full_parameters(path, report=True) == {"epochs": 9, "publish": True}
+    (project / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: [9\n")
+    with pytest.raises(ValueError, match=r"1\.1_demo\.yaml is no YAML"):
+        batch.full_parameters(path)
     nbformat.write(new_notebook(), path)
-    with pytest.raises(batch.NotebookError, match="no cell tagged 'parameters'"):
-        batch.parameters_of(path)
+    with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
+        batch.prepare(path, path, {})
 
 
 def row(**changes):
@@ -204,12 +194,33 @@ def test_a_single_run_has_no_deviation():
     assert "± 0.00" in three
 
 
-def test_a_readme_without_markers_is_left_alone(project):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no place for a table",
+        "<!-- results -->\nno end",
+        "no begin\n<!-- /results -->",
+        "<!-- /results -->\nswapped\n<!-- results -->",
+        "<!-- /results -->\nswapped\n<!-- results -->\nand again\n<!-- /results -->",
+    ],
+)
+def test_a_readme_without_markers_in_order_is_left_alone(text, project):
     write_report(project, [row()])
-    (project / "README.md").write_text("no place for a table")
-    with pytest.raises(batch.NotebookError, match="lacks the markers"):
+    (project / "README.md").write_text(text)
+    with pytest.raises(batch.NotebookError, match="README"):
         batch.write_results(project)
-    assert (project / "README.md").read_text() == "no place for a table"
+    assert (project / "README.md").read_text() == text
+    assert not (project / "reports" / "results.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{half a noteb", "[]", "{}", '{"cells": 3}'])
+def test_a_damaged_report_is_named(text, project):
+    write_report(project, [row()])
+    (project / "README.md").write_text("<!-- results --><!-- /results -->")
+    (project / "reports" / "1.2_other.ipynb").write_text(text)
+    with pytest.raises(batch.NotebookError, match=r"reports/1\.2_other\.ipynb is no notebook"):
+        batch.write_results(project)
+    assert not (project / "reports" / "results.json").exists()
 
 
 def test_the_published_tables_say_what_the_reports_found():

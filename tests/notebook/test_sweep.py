@@ -1,4 +1,4 @@
-"""Sweeps: what is refused, which runs a grid has, their table; stopped, failed and started again.
+"""Sweeps: what is refused, what a grid holds, the table; stopped, failed and started again.
 
 The last test starts real kernels: a sweep that is stopped by Ctrl-C, and the same command again.
 """
@@ -22,14 +22,14 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from labutils import __main__ as cli
-from labutils.notebook import batch, sweep, workers
+from labutils.notebook import batch, engine, parameters, sweep
 from labutils.notebook.claims import MEDIA_TYPE
 
 PARAMETERS = """\
 epochs = 3
 lr = 0.1
 name = "a"
-widths = [[3], [10]]
+sizes = [[3], [10]]
 depths = [2, 5, 10]
 seeds = [0, 1, 2]
 publish = True
@@ -64,14 +64,14 @@ def notebook(project):
     return project / "notebooks" / "1.1_demo.ipynb"
 
 
-def finish(point, *, rows=(), headline="") -> None:
-    """Leave what a finished run leaves."""
-    said = {"rows": [], "headline": headline, "headline_rows": list(rows)}
+def finish(job, *, rows=(), headline="") -> None:
+    """Leave what a notebook that was executed leaves."""
+    bundle = {"rows": [], "headline": headline, "headline_rows": list(rows)}
     cell = new_code_cell("claims")
-    cell.outputs = [new_output("display_data", data={MEDIA_TYPE: said})]
-    mark = {"labutils": {"sweep": point.key}}
-    point.output.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(new_notebook(cells=[cell], metadata=mark), point.output)
+    cell.outputs = [new_output("display_data", data={MEDIA_TYPE: bundle})]
+    mark = {"labutils": {"sweep": job.key}}
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=[cell], metadata=mark), job.output)
 
 
 def row(*values, model="mlp", dataset="digits", seconds=2.0):
@@ -86,20 +86,21 @@ def row(*values, model="mlp", dataset="digits", seconds=2.0):
     [
         ("-p epoch 3", "no parameter 'epoch'. Did you mean 'epochs'? It has: epochs, lr, name"),
         ("-p name_s x", "1.1_demo has no parameter 'name_s'."),
-        ("-p epochs 3,x", "epochs = 'x'. Give a whole number, like its default 3"),
-        ("-p epochs 3 -p seed 1,x", "seeds = ['x']. Give a list, every item a whole number, like"),
-        ("-p seeds 0,1", "seeds = 0. Give a list, like its default [0, 1, 2]"),
-        ("-p width 3,10", "widths = [3]. Give a list, every item a list, like its default"),
-        ("-p epochs ,", "epochs = ',' is no list of values"),
-        ("-p epochs 3]", "epochs = '3]' is no list of values"),
+        ("-p epochs 3,x", "epochs = 'x'. Input should be a valid integer. Its default: 3."),
+        ("-p epochs 3 -p seed 1,x", "seeds[0] = 'x'. Input should be a valid integer."),
+        ("-p seeds 0,1", "seeds = 0. Input should be a valid list. Its default: [0, 1, 2]."),
+        ("-p seed 0,-1", "seeds[0] = -1. Input should be greater than or equal to 0."),
+        ("-p seeds [0,0]", "seeds = [0, 0]. Give at least one value, and none twice."),
+        ("-p epochs 0", "epochs = 0. Input should be greater than 0."),
+        ("-p size 3,10", "sizes[0] = 3. Input should be a valid list. Its default: [[3], [10]]."),
+        ("-p epochs ,", "sweep: -p epochs ',' is no YAML"),
+        ("-p epochs 3]", "sweep: -p epochs '3]' is no YAML"),
         ("-p seed 0 -p lr 0.1 -p seed 1", "seeds is given twice"),
         ("-p seed 0 -p seeds [1]", "seeds is given twice"),
         ("-p depth 2,2 -p seed 0", "depth=2, seed=0 comes twice"),
         ("-p lr 0.1,0.10", "lr=0.1 comes twice"),
         ("-p lr 1e-1,0.1", "lr=0.1 comes twice"),
         ("-p lr 1,1.0", "lr=1.0 comes twice"),
-        ("-p seed 0 --jobs 0", "jobs = 0. Give how many"),
-        ("-p seed 0 --jobs -2", "jobs = -2. Give how many"),
         ("-p seed 0 --out file", "File exists"),
     ],
 )
@@ -109,7 +110,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     def start(*_, **__):
         pytest.fail("a process was started")
 
-    monkeypatch.setattr(workers, "start", start)
+    monkeypatch.setattr(engine, "execute_all", start)
     monkeypatch.chdir(project)
     Path("file").touch()
     before = set(project.rglob("*"))
@@ -131,49 +132,48 @@ def test_a_sweep_is_of_one_notebook(project, notebook, capsys):
 
 
 def test_without_values_there_is_nothing_to_sweep(project, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["sweep", "1.1"])
-    assert stop.value.code == 2
-    with pytest.raises(ValueError, match="epochs = '' is no list of values"):
+    assert cli.main(["sweep", "1.1"]) == 2
+    assert "Missing option '-p'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="-p epochs '' is no list of values"):
         sweep.grid(project / "notebooks" / "1.1_demo.ipynb", [("epochs", "")])
 
 
 def test_a_full_profile_is_checked_as_well(project, notebook):
     (project / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: many\n")
-    with pytest.raises(batch.NotebookError, match="epochs = 'many'"):
+    with pytest.raises(ValueError, match="epochs = 'many'"):
         sweep.grid(notebook, [("seed", "0")], full=True)
 
 
-# Which runs a grid has
+# What a grid holds
 
 
 def test_a_grid_is_all_combinations_and_the_last_parameter_varies_fastest(project, notebook):
-    points = sweep.grid(notebook, [("depth", "2,5"), ("seed", "0,1,2")])
-    assert [point.parameters for point in points] == [
+    jobs = sweep.grid(notebook, [("depth", "2,5"), ("seed", "0,1,2")])
+    assert [job.parameters for job in jobs] == [
         {"depths": [depth], "seeds": [seed]} for depth in (2, 5) for seed in (0, 1, 2)
     ]
-    assert points[3].label == "depth=5, seed=0"
-    assert points[3].output == project / "build" / "sweeps" / "1.1_demo" / "depth=5,seed=0.ipynb"
-    assert len({point.key for point in points}) == 6
+    assert jobs[3].label == "depth=5, seed=0"
+    assert jobs[3].output == project / "build" / "sweeps" / "1.1_demo" / "depth=5,seed=0.ipynb"
+    assert len({job.key for job in jobs}) == 6
 
 
 def test_a_name_in_full_takes_values_as_they_are(notebook):
-    points = sweep.grid(notebook, [("seeds", "[0, 1],[2]"), ("lr", "1,3e-2"), ("name", "a b,c")])
-    assert points[0].parameters == {"seeds": [0, 1], "lr": 1.0, "name": "a b"}
-    assert points[-1].parameters == {"seeds": [2], "lr": 0.03, "name": "c"}
-    assert points[-1].output.name == "seeds=[2],lr=0.03,name=c.ipynb"
-    nested = sweep.grid(notebook, [("width", "[3],[3, 10]")])
-    assert [point.parameters for point in nested] == [{"widths": [[3]]}, {"widths": [[3, 10]]}]
-    assert nested[1].output.name == "width=[3,10].ipynb"
+    jobs = sweep.grid(notebook, [("seeds", "[0, 1],[2]"), ("lr", "1,3e-2"), ("name", "a b,c")])
+    assert jobs[0].parameters == {"seeds": [0, 1], "lr": 1.0, "name": "a b"}
+    assert jobs[-1].parameters == {"seeds": [2], "lr": 0.03, "name": "c"}
+    assert jobs[-1].output.name == "seeds=[2],lr=0.03,name=c.ipynb"
+    nested = sweep.grid(notebook, [("size", "[3],[3, 10]")])
+    assert [job.parameters for job in nested] == [{"sizes": [[3]]}, {"sizes": [[3, 10]]}]
+    assert nested[1].output.name == "size=[3,10].ipynb"
 
 
 def test_file_names_are_safe_short_and_all_different(notebook):
     values = ["folder:/some/where", "folder:/some_where", "../x", "a b", "a-b", "ä", "y" * 300]
     values.append(values[-1] + "y")
-    points = sweep.grid(notebook, [("name", ", ".join(f'"{value}"' for value in values))])
-    names = [point.output.name for point in points]
+    jobs = sweep.grid(notebook, [("name", ", ".join(f'"{value}"' for value in values))])
+    names = [job.output.name for job in jobs]
     assert len(set(names)) == len(values)
-    assert len({point.failed for point in points}) == len(values)
+    assert len({job.failed for job in jobs}) == len(values)
     for name in names:
         assert len(name) < 160
         assert set(name) <= set(
@@ -182,14 +182,14 @@ def test_file_names_are_safe_short_and_all_different(notebook):
 
 
 def test_the_full_profile_is_the_ground_and_publishes_nothing(notebook):
-    full = [point.parameters for point in sweep.grid(notebook, [("seed", "0")], full=True)]
+    full = [job.parameters for job in sweep.grid(notebook, [("seed", "0")], full=True)]
     assert full == [{"epochs": 60, "publish": False, "seeds": [0]}]
     changed = sweep.grid(notebook, [("epochs", "1,2")], full=True)
-    assert [point.parameters["epochs"] for point in changed] == [1, 2]
+    assert [job.parameters["epochs"] for job in changed] == [1, 2]
     assert sweep.grid(notebook, [("seed", "0")])[0].parameters == {"seeds": [0]}
 
 
-def test_a_run_is_known_by_its_code_and_all_its_parameters(project, notebook):
+def test_an_output_is_known_by_its_code_and_all_its_parameters(project, notebook):
     def key(**options):
         return sweep.grid(notebook, [("seed", "0")], **options)[0].key
 
@@ -203,28 +203,36 @@ def test_a_run_is_known_by_its_code_and_all_its_parameters(project, notebook):
 
 
 def test_what_is_finished_is_told_from_what_is_not(project, notebook):
-    point = sweep.grid(notebook, [("seed", "0")])[0]
-    assert point.said() is None
-    finish(point, headline="fine")
-    assert point.said()["headline"] == "fine"
-    assert dataclasses.replace(point, key="another").said() is None
-    point.output.write_text("{half a noteb")
-    assert point.said() is None
-    nbformat.write(new_notebook(), point.output)
-    assert point.said() is None
+    job = sweep.grid(notebook, [("seed", "0")])[0]
+    assert job.reported() is None
+    finish(job, headline="fine")
+    assert job.reported()["headline"] == "fine"
+    assert dataclasses.replace(job, key="another").reported() is None
+    job.output.write_text("{half a noteb")
+    assert job.reported() is None
+    nbformat.write(new_notebook(), job.output)
+    assert job.reported() is None
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '"x"', '{"cells": 3}', '{"metadata": []}'])
+def test_an_output_of_odd_json_is_missing(text, notebook):
+    job = sweep.grid(notebook, [("seed", "0")])[0]
+    finish(job)
+    job.output.write_text(text)
+    assert job.reported() is None
 
 
 # The table
 
 
 def test_values_are_pooled_over_seeds_and_apart_for_all_else(notebook):
-    points = sweep.grid(notebook, [("depth", "2,5"), ("seed", "0,1,2")])
+    jobs = sweep.grid(notebook, [("depth", "2,5"), ("seed", "0,1,2")])
     values = [90.5, 91.25, 93.0, 70.0, 71.5, 69.125]
-    said = {
-        point: {"headline_rows": [row(value), row(value / 2, model="linear", seconds=1.0)]}
-        for point, value in zip(points, values)
+    bundles = {
+        job: {"headline_rows": [row(value), row(value / 2, model="linear", seconds=1.0)]}
+        for job, value in zip(jobs, values)
     }
-    table = sweep.table(said)
+    table = sweep.table(bundles)
     assert list(table.columns) == ["depth", "model", "dataset", "mean", "std", "n", "seconds"]
     assert list(zip(table["depth"], table["model"])) == [
         ("2", "mlp"),
@@ -239,33 +247,33 @@ def test_values_are_pooled_over_seeds_and_apart_for_all_else(notebook):
     assert list(table["seconds"]) == [2.0, 1.0, 2.0, 1.0]
 
 
-def test_seconds_are_those_of_a_run_not_of_a_point(notebook):
+def test_seconds_are_those_of_a_run_not_of_a_notebook(notebook):
     first, second = sweep.grid(notebook, [("seeds", "[0, 1, 2],[3]")])
-    said = {
+    bundles = {
         first: {"headline_rows": [row(1.0, 2.0, 3.0, seconds=10.0)]},
         second: {"headline_rows": [row(4.0, seconds=30.0)]},
     }
-    assert sweep.table(said).loc[0, ["mean", "n", "seconds"]].tolist() == [2.5, 4, 15.0]
+    assert sweep.table(bundles).loc[0, ["mean", "n", "seconds"]].tolist() == [2.5, 4, 15.0]
 
 
 def test_a_parameter_may_have_the_name_of_a_column(notebook, monkeypatch):
     known = {"model": "a", "n": 1, "dataset": "digits"}
-    monkeypatch.setattr(batch, "parameters_of", lambda _: known)
-    points = sweep.grid(notebook, [("model", "a,b"), ("n", "1,2"), ("dataset", "digits")])
-    table = sweep.table({point: {"headline_rows": [row(1.0)]} for point in points})
+    monkeypatch.setattr(parameters, "of_notebook", lambda _: known)
+    jobs = sweep.grid(notebook, [("model", "a,b"), ("n", "1,2"), ("dataset", "digits")])
+    table = sweep.table({job: {"headline_rows": [row(1.0)]} for job in jobs})
     assert list(table["model (parameter)"]) == ["a", "a", "b", "b"]
     assert list(table["n (parameter)"]) == ["1", "2", "1", "2"]
     assert list(table["n"]) == [1, 1, 1, 1]
 
 
 def test_the_table_is_printed_and_written(project, notebook, capsys):
-    points = sweep.grid(notebook, [("depth", "2,5"), ("seed", "0,1")])
-    for point, value in zip(points[:3], (90.0, 91.0, 70.0)):
-        finish(point, rows=[row(value)])
-    finish(points[3])
-    assert sweep.run(points) == 0
+    jobs = sweep.grid(notebook, [("depth", "2,5"), ("seed", "0,1")])
+    for job, value in zip(jobs[:3], (90.0, 91.0, 70.0)):
+        finish(job, rows=[row(value)])
+    finish(jobs[3])
+    assert sweep.run(jobs) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "1.1_demo: 4 runs, 0 missing, 1 at a time"
+    assert lines[0] == "1.1_demo: 4 combinations, 0 missing, 1 at a time"
     assert lines[4] == "[4/4] depth=5, seed=1: already there"
     assert lines[5].split() == ["depth", "model", "dataset", "accuracy", "(%)", "n", "seconds"]
     assert lines[6].split() == ["2", "mlp", "digits", "90.50", "±", "0.71", "2", "2.0"]
@@ -280,82 +288,61 @@ def test_the_table_is_printed_and_written(project, notebook, capsys):
 
 
 def test_without_any_score_there_is_a_line_and_no_table(project, notebook, capsys):
-    points = sweep.grid(notebook, [("seed", "0")])
-    finish(points[0])
-    stale = points[0].output.with_name("table.csv")
+    jobs = sweep.grid(notebook, [("seed", "0")])
+    finish(jobs[0])
+    stale = jobs[0].output.with_name("table.csv")
     stale.write_text("of an earlier grid")
-    assert sweep.run(points) == 0
+    assert sweep.run(jobs) == 0
     assert "no run recorded a score" in capsys.readouterr().out
     assert not stale.exists()
 
 
-# Progress and ends, with runs that only pretend
+# Progress and ends, with an engine that only pretends
 
 
 def test_lines_tell_success_failure_and_what_was_there(project, notebook, monkeypatch, capsys):
-    points = sweep.grid(notebook, [("seed", "0,1,2")])
-    finish(points[1])
+    jobs = sweep.grid(notebook, [("seed", "0,1,2")])
+    finish(jobs[1])
+    jobs[0].failed.parent.mkdir(parents=True)
+    jobs[0].failed.touch()
 
-    def start(missing, jobs, stop):
-        assert (missing, jobs) == ([points[0], points[2]], 2)
-        yield points[2], "ValueError: no; see there", 3.0
-        finish(points[0], headline="95 %")
-        yield points[0], None, 61.7
+    def execute_all(missing, ended, *, at_once, scheduler):
+        assert ([job.label for job in missing], at_once) == (["seed=0", "seed=2"], 2)
+        ended(missing[0], "ValueError: no\nand more", 3.0)
+        finish(missing[1], headline="95 %")
+        ended(missing[1], None, 61.7)
+        return 0
 
-    monkeypatch.setattr(workers, "start", start)
-    assert sweep.run(points, jobs=7) == 1
+    monkeypatch.setattr(engine, "execute_all", execute_all)
+    assert sweep.run(jobs, at_once=7) == 1
     captured = capsys.readouterr()
     assert captured.out.splitlines()[:4] == [
-        "1.1_demo: 3 runs, 2 missing, 2 at a time",
+        "1.1_demo: 3 combinations, 2 missing, 2 at a time",
         "[1/3] seed=1: already there",
-        "[2/3] seed=2: FAILED: ValueError: no; see there",
-        "[3/3] seed=0: 62 s, 0 of 0 claims hold. 95 %",
+        f"[2/3] seed=0: FAILED: ValueError: no; see {jobs[0].failed}",
+        "[3/3] seed=2: 62 s, 0 of 0 claims hold. 95 %",
     ]
-    assert captured.err == "1 of 3 runs failed. The same command tries them again.\n"
+    assert captured.err == "1 of 3 failed. The same command tries them again.\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_sweep_and_says_how_to_go_on(number, notebook, monkeypatch, capsys):
-    points = sweep.grid(notebook, [("seed", "0,1,2")])
+def test_what_is_stopped_says_how_to_go_on(notebook, monkeypatch, capsys):
+    jobs = sweep.grid(notebook, [("seed", "0,1,2")])
 
-    def start(missing, jobs, stop):
-        os.kill(os.getpid(), number)
-        yield points[0], "stopped", 0.0
-        finish(points[1])
-        yield points[1], None, 1.0
+    def execute_all(missing, ended, **_):
+        finish(missing[1])
+        ended(missing[1], None, 1.0)
+        finish(missing[2])  # ended while the others were stopped
+        return 143
 
-    monkeypatch.setattr(workers, "start", start)
-    before = signal.getsignal(number)
-    assert sweep.run(points) == 128 + number
-    assert signal.getsignal(number) is before
+    monkeypatch.setattr(engine, "execute_all", execute_all)
+    assert sweep.run(jobs) == 143
     captured = capsys.readouterr()
     assert captured.out.splitlines()[1:] == ["[1/3] seed=1: 1 s, 0 of 0 claims hold. "]
-    assert captured.err == "Stopped: 1 of 3 runs are done. The same command does the others.\n"
+    assert captured.err == "Stopped: 2 of 3 are done. The same command does the others.\n"
 
 
-def test_an_error_of_our_own_leaves_no_process_behind(notebook, monkeypatch):
-    points = sweep.grid(notebook, [("seed", "0,1")])
-    ended = []
-
-    def start(missing, jobs, stop):
-        yield points[0], "first", 0.0
-        assert stop
-        ended.append(points[1])
-        yield points[1], "stopped", 0.0
-
-    class Closed(io.StringIO):
-        def write(self, text):
-            if "FAILED" in text:
-                raise BrokenPipeError
-
-    monkeypatch.setattr(workers, "start", start)
-    with contextlib.redirect_stdout(Closed()), pytest.raises(BrokenPipeError):
-        sweep.run(points)
-    assert ended == [points[1]]
-
-
-# Real runs: seed 0 is quick, seed 1 fails as long as a file `fail` is there, seed 2 hangs as long
-# as `hang` is there and does not listen to interrupts.
+# Real kernels: seed 0 is quick, seed 1 fails as long as a file `fail` is there, seed 2 hangs as
+# long as `hang` is there and does not listen to interrupts.
 
 SOURCE = """
 import os, time
@@ -373,8 +360,8 @@ while seed == 2 and (folder / "hang").exists():
     except KeyboardInterrupt:
         pass
 row = {{"model": "mlp", "dataset": "none", "values": [90.0 + seed], "seconds": 1.0}}
-said = {{"rows": [], "headline": f"seed {{seed}}", "headline_rows": [row]}}
-display({{"application/vnd.labutils+json": said}}, raw=True)
+bundle = {{"rows": [], "headline": f"seed {{seed}}", "headline_rows": [row]}}
+display({{"application/vnd.labutils+json": bundle}}, raw=True)
 """
 COMMAND = ["sweep", "1.1", "-p", "seed", "0,1,2", "-p", "epochs", "4", "--jobs", "2"]
 
@@ -445,14 +432,14 @@ def test_a_sweep_is_stopped_goes_on_and_then_has_nothing_left_to_do(tmp_path, mo
 
     first = start_and_interrupt(folder)
     assert first.status == 130
-    assert first.out[0] == "1.1_demo: 3 runs, 3 missing, 2 at a time"
+    assert first.out[0] == "1.1_demo: 3 combinations, 3 missing, 2 at a time"
     lines = {line.split("]")[1].split(",")[0].strip(): line for line in first.out[1:]}
     assert set(lines) == {"seed=0", "seed=1"}
     assert lines["seed=0"].endswith(" s, 0 of 0 claims hold. seed 0")
     assert "FAILED: 1.1_demo failed in cell 3: ValueError: unlucky; see " in lines["seed=1"]
     assert lines["seed=1"].endswith(str(failed))
     assert "unlucky" in failed.read_text()
-    assert first.err == "Stopped: 1 of 3 runs are done. The same command does the others.\n"
+    assert first.err == "Stopped: 1 of 3 are done. The same command does the others.\n"
     assert first.files == notebooks[:1]
     assert list((folder / "tmp").glob("labutils-run-*")) == []
     share = str(max(1, joblib.cpu_count() // 2))
@@ -463,12 +450,12 @@ def test_a_sweep_is_stopped_goes_on_and_then_has_nothing_left_to_do(tmp_path, mo
 
     (folder / "fail").unlink()
     (folder / "hang").unlink()
-    for module in (batch, sweep):
+    for module in (batch, sweep, cli):
         monkeypatch.setattr(module, "project_dir", lambda: folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     second, third = start_again(folder), start_again(folder)
     assert second.out[:2] == [
-        "1.1_demo: 3 runs, 2 missing, 2 at a time",
+        "1.1_demo: 3 combinations, 2 missing, 2 at a time",
         "[1/3] seed=0, epochs=4: already there",
     ]
     assert {seed: seen[1:] for seed, seen in second.kernels.items()} == {

@@ -1,0 +1,220 @@
+"""Parameters: read from their cell, and checked by name, type and value, in a kernel as well."""
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from IPython.core.interactiveshell import InteractiveShell
+from nbformat.v4 import new_code_cell, new_notebook
+
+from labutils.notebook import parameters
+
+DEFAULTS = {
+    "profile": "quick",
+    "seeds": [0, 1],
+    "depths": [2, 5],
+    "lrs": [0.1],
+    "grid_widths": [3, 10],
+    "grid_depths": [1, 2],
+    "grid_epochs": 15,
+    "distortions": [0.0, 1.5],
+    "distortion": 1.0,
+    "epochs": 3,
+    "batch_size": 32,
+    "large_runs": 1,
+    "lr": 0.1,
+    "val_size": 0.1,
+    "name": "a",
+    "models": ["cnn"],
+    "longer_models": [],
+    "sizes": [[3], [10]],
+    "mixed": [1, "a"],
+    "momentum": 0.9,
+    "retrain": True,
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seeds", [], "Give at least one value, and none twice. Its default: [0, 1]."),
+        ("seeds", [0, 0, 0], "Give at least one value, and none twice."),
+        ("seeds", [-1], "greater than or equal to 0"),
+        ("seeds", [2**32], "less than"),
+        ("seeds", [0, True], "valid integer"),
+        ("seeds", 3, "valid list"),
+        ("seeds", "(0, 1)", "valid list"),
+        ("depths", [], "at least one"),
+        ("grid_depths", [-1], "greater than 0"),
+        ("grid_widths", [0], "greater than 0"),
+        ("grid_widths", [], "at least one"),
+        ("grid_epochs", 0, "greater than 0"),
+        ("epochs", "3", "valid integer"),
+        ("epochs", 2.5, "valid integer"),
+        ("epochs", True, "valid integer"),
+        ("epochs", [3], "valid integer"),
+        ("batch_size", 1, "greater than or equal to 2"),
+        ("large_runs", 0, "greater than 0"),
+        ("lrs", [], "at least one"),
+        ("lrs", [0.0], "greater than 0"),
+        ("lr", float("inf"), "finite"),
+        ("lr", float("nan"), "finite"),
+        ("lr", "0.1", "valid number"),
+        ("lr", -1, "greater than 0"),
+        ("distortions", [], "at least one"),
+        ("distortions", [-0.5], "greater than or equal to 0"),
+        ("distortion", -1.0, "greater than or equal to 0"),
+        ("val_size", 0, "greater than 0"),
+        ("val_size", 1.5, "less than 1"),
+        ("profile", "ful", "'quick' or 'full'"),
+        ("name", 3, "valid string"),
+        ("models", [], "at least 1 item"),
+        ("models", [3], "valid string"),
+        ("sizes", [3], "valid list"),
+        ("retrain", 1, "valid boolean"),
+        ("retrain", "False", "valid boolean"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_in_one_line(name, value, message):
+    with pytest.raises(ValueError, match=f"^run: 1.1: {name}") as error:
+        parameters.check({name: value}, DEFAULTS, owner="run: 1.1")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert re.search(re.escape(repr(value)) + r"|\[\d\] = ", str(error.value))
+    assert str(error.value).endswith(f"Its default: {DEFAULTS[name]!r}.")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "checked"),
+    [
+        ("seeds", [2**32 - 1, 0], [2**32 - 1, 0]),
+        ("lr", 1, 1.0),
+        ("lr", "1e-3", 0.001),
+        ("lrs", ["1e-3", 1, 0.5], [0.001, 1.0, 0.5]),
+        ("momentum", "9E-1", 0.9),
+        ("distortions", [0], [0.0]),
+        ("batch_size", 2, 2),
+        ("val_size", 5000, 5000),
+        ("val_size", 0.2, 0.2),
+        ("longer_models", ["cnn"], ["cnn"]),
+        ("longer_models", [], []),
+        ("mixed", [None], [None]),
+        ("sizes", [[3, 3]], [[3, 3]]),
+        ("nothing", "anything", "anything"),
+    ],
+)
+def test_a_value_that_makes_sense_becomes_one_of_the_type_of_its_default(name, value, checked):
+    found = parameters.check({name: value}, DEFAULTS, owner="run: 1.1")
+    assert found == {name: checked}
+    assert type(found[name]) is type(checked)
+
+
+def test_an_unknown_name_is_refused_with_a_suggestion():
+    with pytest.raises(ValueError, match=r"^run: 1\.1 has no parameter 'epoch'\. Did you mean 'ep"):
+        parameters.check({"epoch": 3}, DEFAULTS, owner="run: 1.1")
+    with pytest.raises(ValueError, match=r"'x'\. It has: profile, seeds, depths"):
+        parameters.check({"x": 3}, DEFAULTS, owner="run: 1.1")
+
+
+@pytest.mark.parametrize("text", ["[1", "{", "a: b: c", "'x", "@", "\t- x"])
+def test_text_that_is_no_yaml_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match=r"^run: -p epochs is no YAML: ") as error:
+        parameters.from_yaml(text, owner="run: -p epochs")
+    assert "\n" not in str(error.value)
+
+
+def test_all_notebooks_and_their_full_profiles_pass():
+    folder = Path(__file__).resolve().parents[2] / "notebooks"
+    for path in folder.glob("*.ipynb"):
+        known = parameters.of_notebook(path)
+        full = yaml.safe_load((folder / "full" / f"{path.stem}.yaml").read_text())
+        assert parameters.check(known, known, owner=path.stem) == known
+        assert parameters.check(full, known, owner=path.stem) == full
+
+
+def write_notebook(path, source, *cells):
+    tagged = new_code_cell(source, metadata={"tags": ["parameters"]})
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cells = [new_code_cell("import labutils"), tagged, *map(new_code_cell, cells)]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+def test_the_cell_gives_names_and_literals(tmp_path):
+    write_notebook(tmp_path / "a.ipynb", 'a = 3  # why\nb, c = 1, 2\nd = e = [1, "x"]\nf = 2 * a')
+    known = parameters.of_notebook(tmp_path / "a.ipynb")
+    assert known == {"a": 3, "d": [1, "x"], "e": [1, "x"], "f": None}
+
+
+# In a kernel
+
+CELL = "profile = 'quick'  # or full\nseeds = [0, 1]\nretrain = True"
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """An IPython session of our own, in which cells can be run."""
+    shell = InteractiveShell.instance()
+    shell.reset()
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
+
+    def run(*cells):
+        for cell in cells:
+            shell.run_cell(cell, store_history=True)
+
+    yield run
+    InteractiveShell.clear_instance()
+
+
+def test_outside_of_a_notebook_there_is_nothing_to_check(monkeypatch):
+    assert parameters.check_session() is None
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert parameters.check_session() is None
+
+
+def test_a_session_without_a_parameters_cell_has_nothing_to_check(session):
+    session("epochs = 0", "# Parameters\nepochs = 1", "this is no Python")
+    assert parameters.check_session() is None
+
+
+def test_what_papermill_injected_counts(session):
+    session("import os", "%pwd", CELL, "# Parameters\nseeds = [5]\nretrain = False\n", "x = 0")
+    assert parameters.check_session() == {"profile": "quick", "seeds": [5], "retrain": False}
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([CELL.replace("[0, 1]", "[]")], r"The parameters cell: seeds = \[\]\. Give at least one"),
+        ([CELL, "# Parameters\nseeds = '[5]'"], r"seeds = '\[5\]'\..* Its default: \[0, 1\]"),
+        ([CELL, "# Parameters\nretrain = 'False'"], r"retrain = 'False'\..* Its default: True"),
+        ([CELL, "# Parameters\nseed = [5]"], "cell has no parameter 'seed'. Did you mean 'seeds'"),
+        ([CELL, "seeds = [0, 0]"], "none twice"),
+        ([CELL, CELL.replace("[0, 1]", "[-1]")], r"seeds\[0\] = -1"),
+    ],
+)
+def test_a_session_is_checked_by_the_same_rules(cells, message, session):
+    session(*cells)
+    with pytest.raises(ValueError, match=message) as error:
+        parameters.check_session()
+    assert "\n" not in str(error.value)
+
+
+def test_a_person_may_run_the_parameters_cell_of_a_report_again(session):
+    session(CELL, "# Parameters\nold = [5]", CELL)
+    assert parameters.check_session()["seeds"] == [0, 1]
+
+
+def test_papermill_alone_notices_an_unknown_name(tmp_path):
+    check = "from labutils.notebook.parameters import check_session\nprint(check_session())"
+    write_notebook(tmp_path / "a.ipynb", CELL, check)
+    output = tmp_path / "b.ipynb"
+    papermill.execute_notebook(tmp_path / "a.ipynb", output, {"seeds": [7]}, progress_bar=False)
+    printed = nbformat.read(output, as_version=4).cells[-1].outputs[0].text
+    assert printed == "{'seeds': [7], 'profile': 'quick', 'retrain': True}\n"
+    with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'seed'"):
+        papermill.execute_notebook(tmp_path / "a.ipynb", output, {"seed": 7}, progress_bar=False)
