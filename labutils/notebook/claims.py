@@ -44,16 +44,15 @@ class Score:
             measured in percent.
         tta: measure with test-time augmentation, see predict.
         """
-        numbers = {}
+        found = {}
         for seed, run in self.runs.items():
             if what in ("epochs", "seconds"):
-                numbers[seed] = float(getattr(run, what))
+                found[seed] = float(getattr(run, what))
             elif what.startswith(("train_", "val_")):
-                numbers[seed] = (1 if what.endswith("loss") else 100) * run.best(what)
+                found[seed] = run.best(what)
             else:
-                scale = 1 if what == "loss" else 100
-                numbers[seed] = scale * getattr(run.test(self.data, tta=tta), what)
-        return pd.Series(numbers, name=what)
+                found[seed] = getattr(run.test(self.data, tta=tta), what)
+        return pd.Series(found) * (1 if what.endswith(("loss", "epochs", "seconds")) else 100)
 
     def __sub__(self, other: Score) -> pd.Series:
         """Difference of the test accuracies in points, for the seeds that both have."""
@@ -131,11 +130,9 @@ class Claims:
         verdict = True if low > by else False if high < by else None
         self.add(claim, verdict, evidence)
 
-    def below(
-        self, claim: str, less: Any, more: Any, *, by: float = 0.0, unit: str = "points"
-    ) -> None:
-        """Claim that one score lies below another by more than `by`; arguments as for above."""
-        self.above(claim, more, less, by=by, unit=unit)
+    def below(self, claim: str, less: Any, more: Any, **options: Any) -> None:
+        """Claim that one score lies below another; options as for above."""
+        self.above(claim, more, less, **options)
 
     def close(self, claim: str, one: Any, other: Any, *, within: float) -> None:
         """Claim that two scores differ by less than `within` points; arguments as for above."""

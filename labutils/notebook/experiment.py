@@ -6,17 +6,16 @@ import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from pydantic import Field
 from torch import nn
 
 from .. import __version__
 from ..base.device import device_name, resolve_device, seed_everything
 from ..base.files import atomic_write, images_dir
-from ..base.settings import Seed, TrainConfig, check
+from ..base.settings import TrainConfig
 from ..data.tensors import ImageData
 from ..training.loop import train
 from ..training.runs import Run, publish
@@ -25,7 +24,6 @@ from .claims import Score, mean_std
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
 
 _COLUMNS = {  # of a table of results, with the digits after the point
     "precision (%)": ("precision", 2),
@@ -52,11 +50,9 @@ def start(profile: str) -> None:
 class Experiment:
     """All runs of a notebook: trained or loaded, named by their labels, in one table.
 
-    exercise: '1.1', say: first part of every run's name.
-    data: what is trained on unless `fit` is given other data.
-    seeds: one run for each, so that results carry their deviation.
-    retrain: train even where a finished run of the same settings is stored.
-    publish: whether `publish` does anything.
+    exercise: '1.1', say: first part of every run's name. data: what is trained on unless `fit` is
+    given other data. seeds: one run for each, so that results carry their deviation.
+    retrain: train even where a finished run is stored. publish: whether `publish` does anything.
     """
 
     def __init__(
@@ -69,8 +65,9 @@ class Experiment:
         publish: bool = False,
     ) -> None:
         self.exercise, self.data, self.retrain, self.publishes = exercise, data, retrain, publish
-        self.seeds = _check_seeds(seeds)
-        self._rows: dict[str, dict[str, Any]] = {}  # by the run's name: a cell can run twice
+        self.seeds = _checked(seeds)
+        # By the run's name, so that a cell can run twice: labels and seed, run, data.
+        self._trained: dict[str, tuple[dict[str, Any], Run, ImageData]] = {}
 
     def fit(
         self,
@@ -86,46 +83,60 @@ class Experiment:
         build: makes the network with fresh weights; it is called under the seed.
         labels: what tells this training from the others. They name the run and become columns of
             `frame`, and are no part of what a stored run is found by.
-        Raises KeyboardInterrupt if a training was interrupted: an unfinished run is no result.
+        Raises ValueError for seeds that are none or not distinct; KeyboardInterrupt if a training
+        was interrupted: an unfinished run is no result.
         """
         data, runs = data or self.data, {}
-        for seed in self.seeds if seeds is None else _check_seeds(seeds):
+        words = [
+            value if isinstance(value, str) else f"{n}{value:g}" for n, value in labels.items()
+        ]
+        for seed in self.seeds if seeds is None else _checked(seeds):
+            name = "_".join([self.exercise, *words, f"seed{seed}"])
+            name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
             seed_everything(seed)
-            words = [self.exercise, *map(_label_text, labels.items()), f"seed{seed}"]
-            name, config = "_".join(words), replace(config, seed=seed)
+            config = replace(config, seed=seed)
             run = train(build(), data, config, name=name, retrain=self.retrain)
             if run.stop_reason == "interrupted":
                 raise KeyboardInterrupt(f"{name} was interrupted. Run the cell again to go on.")
             runs[seed] = run
-            self._rows[name] = {**labels, "seed": seed, "run": run, "data": data}
+            self._trained[name] = {**labels, "seed": seed}, run, data
         return Score(runs, data)
+
+    def _matching(self, labels: dict[str, Any]) -> list[tuple[dict[str, Any], Run, ImageData]]:
+        return [each for each in self._trained.values() if labels.items() <= each[0].items()]
 
     def score(self, **labels: Any) -> Score:
         """The runs with these labels, one for each seed.
 
         Raises ValueError if there are none, or several of one seed.
         """
-        rows = [row for row in self._rows.values() if labels.items() <= row.items()]
-        runs = {row["seed"]: row["run"] for row in rows}
-        if not rows or len(runs) < len(rows):
+        found = self._matching(labels)
+        runs = {its_labels["seed"]: run for its_labels, run, _ in found}
+        if not found or len(runs) < len(found):
             raise ValueError(
-                f"score: {labels} are the labels of {len(rows)} runs of {len(runs)} seeds. "
+                f"score: {labels} are the labels of {len(found)} runs of {len(runs)} seeds. "
                 "Give labels that one comparison of `fit` has alone."
             )
-        return Score(runs, rows[0]["data"])
+        return Score(runs, found[0][2])
 
     @property
     def frame(self) -> pd.DataFrame:
         """One row for each run: its labels and seed, and how its training went on train and val."""
-        return pd.DataFrame([_row(row) for row in self._rows.values()])
+        rows = []
+        for labels, run, _ in self._trained.values():
+            row = {**labels, "epochs": run.epochs, "seconds": run.seconds}
+            row |= {"val_loss": run.best("val_loss"), "stopped": run.stop_reason}
+            for split in ("train", "val"):
+                row[f"{split} accuracy (%)"] = 100 * run.best(f"{split}_accuracy")
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def histories(self, **labels: Any) -> pd.DataFrame:
         """One row for each epoch of the runs with these labels: labels, seed, epoch, history."""
-        found = []
-        for row in self._rows.values():
-            if labels.items() <= row.items():
-                told = {name: row[name] for name in row if name not in ("run", "data")}
-                found.append(row["run"].history.reset_index().assign(**told))
+        found = [
+            run.history.reset_index().assign(**its_labels)
+            for its_labels, run, _ in self._matching(labels)
+        ]
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
     def results(
@@ -172,39 +183,13 @@ class Experiment:
             return
         command = f"python -m labutils run {self.exercise} --profile full -p retrain true"
         chosen = {id(run) for run in weights}
-        for row in self._rows.values():
-            publish(row["run"], weights=id(row["run"]) in chosen, command=command, half=half)
+        for _, run, _ in self._trained.values():
+            publish(run, weights=id(run) in chosen, command=command, half=half)
         for name, figure in (figures or {}).items():
             with atomic_write(images_dir() / f"{name}.png") as file:
                 # Without the software's version, so that the same figure is the same file.
                 figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
 
-def _check_seeds(seeds: Sequence[int]) -> list[int]:
-    kinds = {"seeds": Annotated[list[Seed], Field(min_length=1)]}
-    found = check("Experiment", kinds, {"seeds": list(seeds)})["seeds"]
-    if len(set(found)) < len(found):
-        raise ValueError(f"Experiment: seeds = {found} names one twice. Give every seed once.")
-    return found
-
-
-def _label_text(label: tuple[str, Any]) -> str:
-    """A label in the name of a run: its value, with its name where the value is a number."""
-    name, value = label
-    return (
-        re.sub(r"[^\w.-]+", "-", value, flags=re.A)
-        if isinstance(value, str)
-        else f"{name}{value:g}"
-    )
-
-
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    run, best = row["run"], row["run"].best
-    return {name: row[name] for name in row if name not in ("run", "data")} | {
-        "epochs": run.epochs,
-        "seconds": run.seconds,
-        "val_loss": best("val_loss"),
-        "val accuracy (%)": 100 * best("val_accuracy"),
-        "train accuracy (%)": 100 * best("train_accuracy"),
-        "stopped": run.stop_reason,
-    }
+def _checked(seeds: Sequence[int]) -> list[int]:
+    return parameters.check({"seeds": list(seeds)}, {"seeds": []}, owner="Experiment")["seeds"]

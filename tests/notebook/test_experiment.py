@@ -89,7 +89,7 @@ def test_labels_of_no_comparison_or_of_several_are_refused(trained, labels, foun
     [
         ([], r"Experiment: seeds = \[\]"),
         ([-1], r"Experiment: seeds\[0\] = -1"),
-        ([0, 0], r"seeds = \[0, 0\] names one twice"),
+        ([0, 0], r"Experiment: seeds = \[0, 0\]"),
         (["0"], r"Experiment: seeds\[0\] = '0'"),
     ],
 )
