@@ -68,16 +68,13 @@ def _settings(cls: type) -> type:
 
 @_settings
 class Augment:
-    """Changes of training images, drawn anew for every image and epoch; flips may alternate.
+    """Changes of training images, in this order, drawn anew for every image and epoch."""
 
-    In this order: crop, flip, then rotate, translate and zoom as one distortion, cutout.
-    """
-
+    crop: Pixels = 0  # whole pixels, either way, on both axes; the border is mirrored
+    flip: Literal["none", "random", "alternating"] = "none"  # left and right; see Split.shuffled
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
     translate: NonNegativeFloat = 0.0  # pixels, either way, on both axes
-    zoom: Fraction = 0.0  # scale drawn from [1 - zoom, 1 + zoom]
-    flip: Literal["none", "random", "alternating"] = "none"  # left and right; see Split.shuffled
-    crop: Pixels = 0  # whole pixels, either way, on both axes; the border is mirrored
+    zoom: Fraction = 0.0  # scale drawn from [1 - zoom, 1 + zoom]; one distortion with these two
     cutout: Pixels = 0  # side of a square that is blanked
 
 
@@ -114,13 +111,13 @@ _ONE_CYCLE = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "schedule": "
 _DISTORTED = Augment(crop=4, flip="alternating", cutout=8)
 _SMOOTHED = {"label_smoothing": 0.1, "ema": 0.995, "monitor": "val_accuracy"}
 RECIPES = {
-    # How published solutions of this lab train convolutional networks, with patience as we guess.
+    # How published solutions of this lab train convolutional networks, with a patience we chose.
     "control": TrainConfig(epochs=30, batch_size=128, optimizer="adam", lr=1e-3, patience=5),
     "ours": TrainConfig(epochs=30, augment=_DISTORTED, precision="auto", **_ONE_CYCLE, **_SMOOTHED),
 }
 
 
 def recipe(name: str, **changes: Any) -> TrainConfig:
-    """The recipe 'control' or 'ours', with settings of TrainConfig replaced; ValueError as there."""
+    """The recipe 'control' or 'ours' with changed settings; ValueError for what is not allowed."""
     check("recipe", {"name": Literal[*RECIPES]}, {"name": name})
     return dataclasses.replace(RECIPES[name], **changes)
