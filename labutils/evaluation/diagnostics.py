@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.settings import first_line
-from ..models.registry import evaluating, in_mode
+from ..models.registry import in_mode
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,7 +151,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     device = next((p.device for p in model.parameters()), "cpu")
     try:
         hook = register_module_forward_pre_hook(before)
-        with hook, observed(model, after), evaluating(model), torch.no_grad(), counter:
+        with hook, observed(model, after), in_mode(model, training=False), torch.no_grad(), counter:
             output = model(torch.zeros(1, *input_size, device=device))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..base.device import autocast, usable_precision
 from ..base.settings import Precision, check
 from ..data.tensors import Split
-from ..models.registry import evaluating
+from ..models.registry import in_mode
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ def predict(
     parameter = next(model.parameters(), None)
     device = split.images.device if parameter is None else parameter.device
     batches = []
-    with evaluating(model), autocast(usable_precision(precision, device), device):
+    with in_mode(model, training=False), autocast(usable_precision(precision, device), device):
         for images, _ in split.batches(batch_size):
             images = images.to(device)
             logits = model(images)
