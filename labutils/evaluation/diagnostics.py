@@ -4,12 +4,10 @@ A layer is a module without children. Hooks live in a context manager: whatever 
 is left as it was.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,9 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.settings import first_line
 from ..models.registry import in_mode
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @contextmanager
@@ -51,26 +46,22 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 
 
 def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
-    """Euclidean norm of the loss's gradient in each layer that has parameters to train.
+    """Norm of the gradient of the mean cross-entropy in each layer that has parameters to train.
 
-    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device. The loss is
-    their mean cross-entropy.
-    Columns: kind; parameters, the norm over all of the layer's own; output, the norm of the
+    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device.
+    Columns: kind; parameters, the Euclidean norm over all of the layer's own; output, that of the
     gradient with respect to the layer's output. Rows in the order in which the layers run.
-    The network runs as in a training step and is left as it was, its gradients too.
-    Raises ValueError if nothing can be trained.
+    The network runs as in a training step and is left as it was. ValueError if all of it is frozen.
     """
-    owned = {
-        name: parameters
-        for name, layer in model.named_modules()
-        if (parameters := [p for p in layer.parameters(recurse=False) if p.requires_grad])
-    }
-    if not owned:
+    owned = {}
+    for name, layer in model.named_modules():
+        owned[name] = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+    if not any(owned.values()):
         raise ValueError("gradient_norms: the model has no parameter that requires a gradient.")
     rows: dict[str, dict] = {}
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
-        if name in owned:
+        if owned[name]:
             row = rows[name] = {"kind": type(layer).__name__, "parameters": 0.0, "output": 0.0}
             # A hook on the tensor still sees its gradient if the next layer works in place.
             output.register_hook(lambda grad: row.update(output=_norm([grad])))
@@ -83,7 +74,7 @@ def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFra
         grads = dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True)))
     for name, row in rows.items():
         row["parameters"] = _norm([grads[p] for p in owned[name]])
-    return _table([{"layer": name, **row} for name, row in rows.items()])
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
 def _norm(grads: Sequence[Tensor]) -> float:
@@ -92,27 +83,18 @@ def _norm(grads: Sequence[Tensor]) -> float:
     return float(flat.double().norm())
 
 
-def _table(rows: Sequence[dict]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(rows).set_index("layer")
-
-
 def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
-    """Statistics of each layer's output, in the order in which the layers run.
+    """Statistics of each layer's output; batch, order and running as for gradient_norms.
 
-    batch: as for gradient_norms; the labels are not used.
     Columns: kind; mean and rms (root mean square) over all values of the batch; spread, the rms of
     what is left of them without the batch's mean image: 0 if the layer cannot tell images apart;
     zeros, the share that is exactly 0. For a layer that is used twice, its last use.
-    The network runs as in a training step and is left as it was.
     """
     rows: dict[str, dict] = {}
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
         values = output.float()
         rows[name] = {
-            "layer": name,
             "kind": type(layer).__name__,
             "mean": float(values.mean()),
             "rms": float(values.square().mean().sqrt()),
@@ -122,16 +104,15 @@ def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataF
 
     with _as_in_training(model), torch.no_grad(), observed(model, after):
         model(batch[0])
-    return _table(list(rows.values()))
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
 def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     """One row a layer: its kind, output shape, parameters, and FLOPs of one forward pass.
 
-    input_size: shape of one input without the batch dimension, (C, H, W) or (F,).
+    input_size: shape of one input, (C, H, W) or (F,); ValueError if the model cannot take it.
     A layer that is used twice has two rows, its parameters in the first. A multiplication and an
     addition are two FLOPs, as torch counts. The last row is the sum. The model is left as it was.
-    Raises ValueError if the model cannot take such an input.
     """
     rows, seen = [], set()
     counter = FlopCounterMode(display=False)
@@ -154,11 +135,8 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
         with hook, observed(model, after), in_mode(model, training=False), torch.no_grad(), counter:
             output = model(torch.zeros(1, *input_size, device=device))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"summary: input_size = {input_size!r} does not fit the model "
-            f"({first_line(error)}). Give the shape of one input, data.image_shape."
-        ) from error
+        problem = f"input_size = {input_size!r} does not fit the model ({first_line(error)})"
+        raise ValueError(f"summary: {problem}. Give data.image_shape.") from error
     seen.clear()
-    flops_before[model] = 0
     after("total", model, output)  # the model is a row like its layers, of all parameters and FLOPs
-    return _table(rows)
+    return pd.DataFrame(rows).set_index("layer")
