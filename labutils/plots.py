@@ -66,18 +66,9 @@ def _curves(axis, table: DataFrame, x: str, y: str, hue: str, colors: dict, styl
 
 
 def _named(axis, colors: dict) -> Figure:
-    """The figure, with names where at most five lines end one above the other, else a legend."""
-    lines = [line for line in axis.get_lines() if line.get_label() in colors]
-    axis.autoscale_view()
-    ends = axis.transData.transform([line.get_xydata()[-1] for line in lines])
-    apart = np.diff(np.sort(ends[:, 1])) > 14  # pixels
-    if len(lines) == len(colors) <= 5 and apart.all() and np.ptp(ends[:, 0]) < 1:
-        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-        for line in lines:
-            axis.annotate(line.get_label(), line.get_xydata()[-1], color=line.get_color(), **place)
-    else:
-        handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
-        axis.legend(handles=handles, **BESIDE)
+    """The figure, with a legend of all hues right of this axis."""
+    handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    axis.legend(handles=handles, labelcolor="linecolor", **BESIDE)
     return axis.get_figure()
 
 
@@ -118,17 +109,15 @@ def mistakes(
         f"{classes[preds[i]]}?\nno, {classes[labels[i]]}\n{100 * confidence[i]:.0f} % sure"
         for i in wrong
     ]
-    figure = image_grid(images[wrong], captions, title=title, columns=columns)
-    if not len(wrong):
-        figure.text(0.5, 0.4, f"No mistake among {len(labels):,} images.", ha="center")
-    return figure
+    title = title if wrong else f"No mistake among {len(labels):,} images."
+    return image_grid(images[wrong], captions, title=title, columns=columns)
 
 
 @_styled
 def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) -> Figure:
     """Loss and accuracy by epoch: mean over seeds, band from lowest to highest, val solid.
 
-    histories: columns hue and, as below, losses in nats. chance: accuracy of guessing, a fraction.
+    histories: those of an Experiment; losses in nats. chance: accuracy of guessing, a fraction.
     """
     numbers = ["seed", "epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
     table, colors = _checked(histories, numbers, hue)
@@ -203,16 +192,14 @@ def against(table: DataFrame, *, prices: Sequence[str], y: str, hue: str, title:
     """A result, mean ± deviation, against each of several prices, which have logarithmic axes."""
     table, colors = _checked(table, [*prices, y], hue)
     groups = table.groupby(hue, sort=False)
-    figure, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices))
+    _, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices))
     for axis, price in zip(axes, prices):
         for (name, mean), deviation in zip(groups.mean().iterrows(), groups[y].std()):
-            look = {"fmt": "o", "color": colors[name], "label": name}
-            axis.errorbar(mean[price], mean[y], deviation, **look)
+            axis.errorbar(mean[price], mean[y], deviation, fmt="o", color=colors[name], label=name)
         axis.set_xlabel(price)
         _log_ticks(axis.xaxis)
     _describe(axes[0], y, groups.size())
-    axes[-1].legend(**BESIDE)
-    return figure
+    return _named(axes[-1], colors)
 
 
 @_styled
@@ -252,9 +239,8 @@ def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
     side = max(5.5, 0.48 * len(matrix) + 1.6) if readable else 9.0
     figure, (axis,) = _figure(title, side + 0.8, side)
     counts = np.where(matrix > 0, matrix.astype(str), "") if readable else None
-    cells = {"annot": counts, "fmt": "", "square": True, "linewidths": 0.5 * readable}
-    names = list(classes) if readable else False
-    cells |= {"ax": axis, "xticklabels": names, "yticklabels": names}
+    cells = {"annot": counts, "fmt": "", "square": True, "linewidths": 0.5 * readable, "ax": axis}
+    cells |= dict.fromkeys(["xticklabels", "yticklabels"], list(classes) if readable else False)
     bar = {"label": "images", "shrink": 0.75, "ticks": MaxNLocator(integer=True)}
     sns.heatmap(matrix, mask=hits, cmap="Reds", cbar_kws=bar, **cells)
     sns.heatmap(matrix, mask=~hits, cmap=["0.93"], cbar=False, annot_kws={"color": "0.4"}, **cells)

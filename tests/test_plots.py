@@ -224,38 +224,13 @@ def test_the_mean_is_the_arithmetic_one_on_a_logarithmic_axis_too():
     np.testing.assert_allclose(line.get_ydata(), [92.0, 10.0])
 
 
-def names_beside(figure):
-    return [text.get_text() for text in figure.axes[-1].texts]
-
-
-def apart(count, gap=10.0, last=5):
-    """Level lines, one above the other; the first may end before the others."""
-    rows = [(f"m{i}", x, gap * i) for i in range(count) for x in range(1, 6) if i or x <= last]
-    return pd.DataFrame(rows, columns=["model", "depth", "accuracy (%)"])
-
-
-@pytest.mark.parametrize(
-    ("table", "beside"),
-    [
-        (apart(2), True),
-        (apart(5), True),
-        (apart(6), False),  # too many
-        (apart(3, gap=1e-3), True),
-        (
-            pd.concat([apart(2), apart(3).query("model == 'm2'").assign(**{"accuracy (%)": 10.1})]),
-            False,
-        ),
-        (apart(2, gap=0.0, last=3), False),  # the name would lie on the other line
-    ],
-)
-def test_at_most_five_lines_are_named_where_they_end_if_the_names_do_not_collide(table, beside):
-    figure = draw("lines", table, style=None)
-    names = list(table.model.unique())
-    legend = figure.axes[0].get_legend()
-    assert names_beside(figure) == (names if beside else [])
-    assert (legend is None) == beside
-    if not beside:
-        assert [text.get_text() for text in legend.get_texts()] == names
+@pytest.mark.parametrize("name", ["learning_curves", "lines", "layers", "against"])
+def test_all_hues_are_named_beside_the_last_panel_though_one_of_them_is_not_in_it(figures, name):
+    legend = figures[name].axes[-1].get_legend()
+    known = list(results()[ARGUMENTS[name][0]].model.unique())
+    assert [text.get_text() for text in legend.get_texts()] == known
+    colors = [line.get_color() for line in legend.get_lines()]
+    assert colors == plots.PALETTE[: len(known)]
 
 
 def test_results_stand_at_each_mean_price_in_one_colour_a_model(figures):
@@ -271,7 +246,6 @@ def test_results_stand_at_each_mean_price_in_one_colour_a_model(figures):
     (bar,) = wide.containers[0].lines[2][0].get_segments()
     np.testing.assert_allclose(bar[:, 1], [90 - 2**0.5, 90 + 2**0.5])
     assert wide.get_ylim() == narrow.get_ylim()
-    assert [text.get_text() for text in narrow.get_legend().get_texts()] == ["a", "b"]
 
 
 def test_prices_are_short_and_there_are_enough_of_them(figures):

@@ -1,7 +1,6 @@
 """What a network looks like from inside: its layers, the size of signals and of gradients.
 
-A layer is a module without children. Hooks live in a context manager: whatever happens, the model
-is left as it was.
+A layer is a module without children. Whatever happens, the model is left as it was.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +35,7 @@ def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) 
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Training mode; then modes, buffers (statistics of batch norm), random state as before."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices), in_mode(model, training=True):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), in_mode(model, training=True):
         try:
             yield
         finally:
@@ -66,10 +64,9 @@ def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFra
             # A hook on the tensor still sees its gradient if the next layer works in place.
             output.register_hook(lambda grad: row.update(output=_norm([grad])))
 
-    images, labels = batch
     with _as_in_training(model), torch.enable_grad():
         with observed(model, after):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(batch[0]), batch[1])
         flat = [p for name in rows for p in owned[name]]
         grads = dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True)))
     for name, row in rows.items():
@@ -114,9 +111,8 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     A layer that is used twice has two rows, its parameters in the first. A multiplication and an
     addition are two FLOPs, as torch counts. The last row is the sum. The model is left as it was.
     """
-    rows, seen = [], set()
+    rows, seen, flops_before = [], set(), {}
     counter = FlopCounterMode(display=False)
-    flops_before: dict[nn.Module, int] = {}
 
     def before(layer: nn.Module, _: tuple) -> None:
         flops_before[layer] = counter.get_total_flops()

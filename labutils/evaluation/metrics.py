@@ -39,11 +39,6 @@ class Metrics:
     def from_json(cls, values: dict[str, Any]) -> Metrics:
         return cls(**{**values, "accuracy_interval": tuple(values["accuracy_interval"])})
 
-    def __str__(self) -> str:
-        accuracy, low, high = (100 * share for share in (self.accuracy, *self.accuracy_interval))
-        share = f"accuracy {accuracy:.2f} % [{low:.2f}, {high:.2f}]"
-        return f"{share}, loss {self.loss:.4f}, n = {self.n:,}"
-
 
 def evaluate(model: nn.Module, split: Split, **options: Any) -> Metrics:
     """Score a classifier on one split; options, and ValueErrors, are those of predict."""
@@ -85,13 +80,10 @@ def loss_and_accuracy(model: nn.Module, split: Split, *, precision="float32") ->
 
 
 def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
-    """Metrics of logits float [N, num_classes], labels int64 [N]; ValueError if these disagree."""
+    """Metrics of logits float [N, num_classes], labels int64 [N]; ValueError if a label has none."""
     from scipy.stats import binomtest
     from torchmetrics.functional import classification as tm
 
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        shapes = f"logits {list(logits.shape)} and labels {list(labels.shape)}"
-        raise ValueError(f"evaluate: {shapes}. Needed: [N, num_classes] and [N] with N >= 1.")
     n, num_classes = logits.shape
     if (label := int(labels.max())) >= num_classes:
         hint = "Give the model one output for each class of the data."
