@@ -1,8 +1,7 @@
 """Every figure, made from arrays or long tables, which have one row a measurement.
 
-Their column `hue` says what is compared: each value gets a colour of PALETTE, in order of
-appearance. Rows of several seeds are drawn as their mean and spread, and counted as n; NaN is left
-out. Figures are closed: a notebook shows them once.
+Their column `hue` says what is compared; its values have colours of PALETTE, in order. Rows of
+several seeds are drawn as mean and spread, and counted as n; NaN is left out.
 """
 
 import textwrap
@@ -30,7 +29,7 @@ def _figure(title: str, width: float, height: float, rows=1, columns=1, **option
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
     figure.suptitle(textwrap.fill(title, int(8 * width)), x=0.01, ha="left", size=13, weight="bold")
     sns.despine(figure)
-    plt.close(figure)
+    plt.close(figure)  # a notebook shows it once
     return figure, list(axes.flat)
 
 

@@ -76,8 +76,7 @@ def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFra
 
 def _norm(grads: Sequence[Tensor]) -> float:
     """Their norm together; in float64, where the square of a tiny gradient is not yet 0."""
-    flat = torch.cat([grad.detach().flatten().cpu() for grad in grads])
-    return float(flat.double().norm())
+    return float(torch.cat([grad.detach().flatten().cpu() for grad in grads]).double().norm())
 
 
 def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:

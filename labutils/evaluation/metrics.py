@@ -80,7 +80,7 @@ def loss_and_accuracy(model: nn.Module, split: Split, *, precision="float32") ->
 
 
 def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
-    """Metrics of logits float [N, num_classes], labels int64 [N]; ValueError if a label has none."""
+    """Metrics of logits [N, num_classes], labels int64 [N]; ValueError if a label has no logit."""
     from scipy.stats import binomtest
     from torchmetrics.functional import classification as tm
 

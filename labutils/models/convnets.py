@@ -13,7 +13,6 @@ from .registry import Classes, register
 ImageShape = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
 Widths = Annotated[list[PositiveInt], Field(min_length=1, max_length=30)]  # each halves the size
 Layers = Annotated[list[Any], Field(min_length=1)]
-
 _LAYERS = (64, {"channels": 64, "pool": True}, 128, {"channels": 128, "pool": True}, 256, 256)
 _OPTIONAL = {"kernel": PositiveInt, "stride": PositiveInt, "padding": Pixels, "pool": bool}
 _LAYER = {"channels": PositiveInt} | {key: NotRequired[kind] for key, kind in _OPTIONAL.items()}

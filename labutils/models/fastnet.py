@@ -57,9 +57,7 @@ class FastNet(ConvNet):
         layer = self.stages["whiten"][0]
         fits = images.ndim == 4 and images.shape[1] == layer.in_channels and images.isfinite().all()
         if not (fits and len(images) and images.is_floating_point() and min(images.shape[2:]) > 1):
-            needed = (
-                f"finite float [n, {layer.in_channels}, H, W], n at least 1, H and W at least 2"
-            )
+            needed = f"finite float [n, {layer.in_channels}, H, W], n above 0, H and W above 1"
             found = f"{images.dtype} {list(images.shape)}"
             raise ValueError(f"FastNet.whiten: images are {found}. Give normalised ones, {needed}.")
         count, total, moments = 0, 0, 0

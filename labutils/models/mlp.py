@@ -24,8 +24,7 @@ class MLP(_Layers):
     """Multilayer perceptron: flatten, then linear, (batch norm), ReLU for each width, then linear.
 
     Takes images [N, ...] with in_features numbers each, returns logits [N, num_classes].
-    hidden: widths of the hidden layers; [] is a linear classifier. dropout: fraction of the last
-        one's values that training drops.
+    hidden: widths; [] is a linear classifier. dropout: fraction of the last width that is dropped.
     init: 'torch', or 'he': normal weights of variance 2 / inputs in front of a ReLU, which keep the
         size of the signal from layer to layer (He et al. 2015, https://arxiv.org/abs/1502.01852).
     """

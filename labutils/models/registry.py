@@ -74,6 +74,5 @@ def build(spec: dict[str, Any]) -> nn.Module:
     for module in ("mlp", "convnets", "resnet", "fastnet"):
         importlib.import_module(f".{module}", __package__)
     arguments = check("build", {"spec": dict[str, Any]}, {"spec": spec})["spec"]
-    name = arguments.pop("model", None)
-    check("build", {"model": Literal[*sorted(MODELS)]}, {"model": name})
-    return MODELS[name](**arguments)
+    check("build", {"model": Literal[*sorted(MODELS)]}, {"model": arguments.get("model")})
+    return MODELS[arguments.pop("model")](**arguments)

@@ -41,12 +41,11 @@ class ResNet(ConvNet):
         channels = width = width or (64 if depth == 18 else 16)
         stages = {"stem": nn.Sequential(*conv_norm_relu(image_shape[0], width))}
         for index, count in enumerate(blocks):
-            stage = []
-            for _ in range(count):
-                out = width * 2**index
-                stage.append(_block(channels, out, residual=residual, project=depth == 18))
-                channels = out
+            out = width * 2**index
+            inputs = [channels, *[out] * (count - 1)]
+            stage = [_block(size, out, residual=residual, project=depth == 18) for size in inputs]
             stages[f"stage{index + 1}"] = nn.Sequential(*stage)
+            channels = out
         super().__init__(stages, global_average(), nn.Linear(channels, num_classes))
         for part in self.modules():
             if isinstance(part, nn.Conv2d):

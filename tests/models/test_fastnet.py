@@ -98,7 +98,7 @@ def test_images_without_variance_give_finite_filters(images):
 )
 def test_images_that_cannot_be_whitened_are_named(images):
     with pytest.raises(
-        ValueError, match=r"whiten: images are torch\.\w+ \[.*float \[n, 3, H, W\], n at least 1"
+        ValueError, match=r"whiten: images are torch\.\w+ \[.*float \[n, 3, H, W\], n above 0"
     ):
         make_model().whiten(images)
 
