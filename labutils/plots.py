@@ -1,11 +1,8 @@
-"""Every figure. Functions take long tables and arrays and return a Matplotlib figure.
+"""Every figure, made from arrays or long tables, which have one row a measurement.
 
-A long table has one row a measurement. Its column `hue` says what is compared, models for example:
-each gets a colour of PALETTE, in order of appearance. Rows of several seeds are drawn as their mean
-and spread, and counted as n; NaN is left out. Figures are closed: a notebook shows them once.
+Their column `hue` says what is compared; its values have colours of PALETTE, in order. Rows of
+several seeds are drawn as mean and spread, and counted as n; NaN is left out.
 """
-
-from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
@@ -18,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from pandas import DataFrame, Series, factorize
 
-PALETTE = sns.color_palette("colorblind")
-GREY = "0.45"
+PALETTE, GREY = sns.color_palette("colorblind"), "0.45"
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # a legend right of the axes
 FRAME = {"figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False}
 # Without parse_math a class may be called $x$.
@@ -33,26 +29,26 @@ def _figure(title: str, width: float, height: float, rows=1, columns=1, **option
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
     figure.suptitle(textwrap.fill(title, int(8 * width)), x=0.01, ha="left", size=13, weight="bold")
     sns.despine(figure)
-    plt.close(figure)
+    plt.close(figure)  # a notebook shows it once
     return figure, list(axes.flat)
 
 
 def _checked(table: DataFrame, numbers: Sequence[str], hue: str, *names: str) -> tuple:
     """The columns that are needed, and a colour for each hue; a ValueError names a bad column."""
-    for column in (*numbers, hue, *names):
-        if column not in table:
-            raise ValueError(f"The table has no column {column!r}. It has: {list(table)}.")
-        if table.empty or (column not in numbers and table[column].isna().any()):
-            raise ValueError(f"Column {column!r} has no rows, or rows without a name.")
     types = dict.fromkeys(numbers, float) | dict.fromkeys((hue, *names), str)
+    for column, kind in types.items():
+        if column not in table or table.empty or (kind is str and table[column].isna().any()):
+            problem = f"Column {column!r} is missing, has no rows, or rows without a name."
+            raise ValueError(f"{problem} The table has: {list(table)}.")
     table = table.reset_index(drop=True)[list(types)].astype(types)
     colors = dict(zip(table[hue].unique(), cycle(PALETTE)))
     return table.replace([np.inf, -np.inf], np.nan), colors
 
 
-def _describe(axis, y: str, text: str, sizes: Series) -> None:
+def _describe(axis, y: str, sizes: Series, text: str | None = None) -> None:
     """Name the y axis; say above the axes what is drawn, and of how many measurements."""
     n = " to ".join(str(size) for size in sorted({sizes.min(), sizes.max()}))
+    text = text if text is not None else "" if n == "1" else "mean ± deviation, "
     axis.set_title(f"{text}n = {n}", loc="left", fontsize=9, color=GREY)
     axis.set_ylabel(y)
 
@@ -68,26 +64,11 @@ def _curves(axis, table: DataFrame, x: str, y: str, hue: str, colors: dict, styl
     axis.set_xlabel(x)
 
 
-def _named(axes: Sequence, colors: dict) -> Figure:
-    """The figure, with names where lines end if at most five find room there, else a legend."""
-    lines = [line for axis in axes for line in axis.get_lines() if line.get_label() in colors]
-    options = {"textcoords": "offset points", "va": "center", "fontsize": 9}
-    texts = []
-    for line in lines:
-        options["color"], end = line.get_color(), line.get_xydata()[-1]
-        texts.append(line.axes.annotate(line.get_label(), end, (7, 0), **options))
-    figure = axes[0].get_figure()
-    figure.draw_without_rendering()  # which places everything
-    boxes = [text.get_window_extent() for text in texts]
-    paths = [line.get_transform().transform_path(line.get_path()) for line in lines]
-    crossed = any(path.intersects_bbox(box, filled=False) for path in paths for box in boxes)
-    free = all(box.count_overlaps(boxes) == 1 for box in boxes)  # only itself; 0 if it is nowhere
-    if crossed or not free or len(colors) > 5 or len(lines) < len(axes) * len(colors):
-        for text in texts:
-            text.remove()
-        handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
-        axes[-1].legend(handles=handles, **BESIDE)
-    return figure
+def _named(axis, colors: dict) -> Figure:
+    """The figure, with a legend of all hues right of this axis."""
+    handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    axis.legend(handles=handles, labelcolor="linecolor", **BESIDE)
+    return axis.get_figure()
 
 
 def _log_ticks(axis) -> None:
@@ -109,8 +90,7 @@ def image_grid(images, captions: Sequence[str], *, title: str, columns: int = 10
     longest = max(map(len, "\n".join(captions).split("\n")))
     lines = 1 + max((caption.count("\n") for caption in captions), default=0)
     figure, axes = _figure(title, 9.0, 0.45 + rows * (size + 0.17 * lines), rows, columns)
-    for axis in axes:
-        axis.axis("off")
+    plt.setp(axes, frame_on=False, xticks=[], yticks=[])
     for axis, image, caption in zip(axes, np.asarray(images), captions):
         axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
         axis.set_title(caption, fontsize=min(8.0, 130 * size / max(1, longest)))
@@ -120,10 +100,7 @@ def image_grid(images, captions: Sequence[str], *, title: str, columns: int = 10
 def mistakes(
     images, labels, probs, classes, *, title="Wrong, and sure of it", count=10, columns=10
 ) -> Figure:
-    """The misclassified images of which the network was surest, the surest first.
-
-    images: uint8 [N, C, H, W]; labels: int [N]; probs: float [N, num_classes]; none on a GPU.
-    """
+    """The surest mistakes first. images: uint8 [N, C, H, W], probs: [N, num_classes], no GPU."""
     images, labels, probs = np.asarray(images), np.asarray(labels), np.asarray(probs)
     preds, confidence = probs.argmax(axis=1), probs.max(axis=1)
     wrong = [i for i in np.argsort(-confidence, kind="stable") if preds[i] != labels[i]][:count]
@@ -131,18 +108,15 @@ def mistakes(
         f"{classes[preds[i]]}?\nno, {classes[labels[i]]}\n{100 * confidence[i]:.0f} % sure"
         for i in wrong
     ]
-    figure = image_grid(images[wrong], captions, title=title, columns=columns)
-    if not len(wrong):
-        figure.text(0.5, 0.4, f"No mistake among {len(labels):,} images.", ha="center")
-    return figure
+    title = title if wrong else f"No mistake among {len(labels):,} images."
+    return image_grid(images[wrong], captions, title=title, columns=columns)
 
 
 @_styled
 def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) -> Figure:
     """Loss and accuracy by epoch: mean over seeds, band from lowest to highest, val solid.
 
-    histories: columns hue, seed, epoch, train_loss, val_loss (nats), train_accuracy, val_accuracy
-    (fractions). chance: accuracy of guessing, a fraction.
+    histories: those of an Experiment; losses in nats. chance: accuracy of guessing, a fraction.
     """
     numbers = ["seed", "epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
     table, colors = _checked(histories, numbers, hue)
@@ -152,13 +126,13 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
         _curves(axis, table, "epoch", f"val_{score}", hue, colors)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     seeds = table.groupby(hue)["seed"].nunique()
-    _describe(left, "mean cross-entropy (nats)", "val —   train ···   ", seeds)
+    _describe(left, "mean cross-entropy (nats)", seeds, "val —   train ···   ")
     _log_ticks(left.yaxis)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     right.set_ylabel("accuracy (%)")
     if chance:
         right.axhline(chance, color=GREY, lw=1, ls="--")
-    return _named([right], colors)
+    return _named(right, colors)
 
 
 @_styled
@@ -175,14 +149,14 @@ def lines(
     for kind, rows in table.groupby(style or [""] * len(table), sort=False):
         _curves(axis, rows, x, y, hue, colors, ":" if note else "-")
         note += f"{kind} {'···' if note else '—'}   " if style else ""
-    _describe(axis, y, note, table.groupby([hue, style or hue, x]).size())
+    _describe(axis, y, table.groupby([hue, style or hue, x]).size(), note)
     if log_x:
         ticks = sorted(table[x][table[x] > 0].unique())
         axis.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:g}" for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
     if log_y:
         _log_ticks(axis.yaxis)
-    return _named([axis], colors)
+    return _named(axis, colors)
 
 
 @_styled
@@ -191,8 +165,8 @@ def dots(
 ) -> Figure:
     """One row a category y, one colour a hue: mean of x ± standard deviation of the sample.
 
-    marks: name -> category -> value, drawn as grey diamonds, then bars; categories that the table
-    lacks are left out. colors: the hues' places in PALETTE; by default not those of models.
+    marks: name -> category -> value, drawn as grey diamonds, then bars, where the table has the
+    category. colors: the hues' places in PALETTE; by default not those of models.
     """
     table, hues = _checked(table, [x], hue, y)
     rows = list(table[y].unique())
@@ -207,7 +181,7 @@ def dots(
         look = {"fmt": "o", "ms": 6, "color": PALETTE[color], "label": name}
         axis.errorbar(spread["mean"], heights, xerr=spread["std"], **look)
     axis.set(xlabel=x, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
-    _describe(axis, "", "mean ± deviation, ", table.groupby([y, hue]).size())
+    _describe(axis, "", table.groupby([y, hue]).size())
     axis.legend(**BESIDE)
     return figure
 
@@ -220,23 +194,19 @@ def against(table: DataFrame, *, prices: Sequence[str], y: str, hue: str, title:
     _, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices))
     for axis, price in zip(axes, prices):
         for (name, mean), deviation in zip(groups.mean().iterrows(), groups[y].std()):
-            bars = axis.errorbar(mean[price], mean[y], deviation, fmt="o", color=colors[name])
-            bars.lines[0].set_label(name)
+            axis.errorbar(mean[price], mean[y], deviation, fmt="o", color=colors[name], label=name)
         axis.set_xlabel(price)
         _log_ticks(axis.xaxis)
-    _describe(axes[0], y, "mean ± deviation, ", groups.size())
-    return _named(axes, colors)
+    _describe(axes[0], y, groups.size())
+    return _named(axes[-1], colors)
 
 
 @_styled
 def layers(table: DataFrame, *, panel: str, hue: str, y: str, title: str) -> Figure:
-    """A quantity layer by layer, from the input to the output, on a logarithmic scale.
-
-    table: columns panel, hue, layer (numbered in order of appearance) and y; zeros leave a gap.
-    """
+    """y of each layer, from the input to the output, on a logarithmic scale; zeros leave a gap."""
     table, colors = _checked(table, [y], hue, panel, "layer")
-    names = table.groupby([panel, hue])["layer"]
-    table["layer, from the input"] = names.transform(lambda names: factorize(names)[0] + 1)
+    number = table.groupby([panel, hue])["layer"].transform(lambda names: factorize(names)[0] + 1)
+    table["layer, from the input"] = number
     table[y] = table[y].where(table[y] > 0)
     panels = table.groupby(panel, sort=False)
     _, axes = _figure(title, 1.6 + 4.2 * len(panels), 3.9, columns=len(panels), sharey=True)
@@ -246,7 +216,7 @@ def layers(table: DataFrame, *, panel: str, hue: str, y: str, title: str) -> Fig
         axis.set_title(name, loc="left")
     _log_ticks(axes[0].yaxis)
     axes[0].set_ylabel(y)
-    return _named(axes[-1:], colors)
+    return _named(axes[-1], colors)
 
 
 @_styled
@@ -267,10 +237,9 @@ def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
     hits, readable = np.eye(len(matrix), dtype=bool), len(matrix) <= 30
     side = max(5.5, 0.48 * len(matrix) + 1.6) if readable else 9.0
     figure, (axis,) = _figure(title, side + 0.8, side)
-    names = list(classes) if readable else False
     counts = np.where(matrix > 0, matrix.astype(str), "") if readable else None
-    cells = {"annot": counts, "fmt": "", "square": True, "linewidths": 0.5 * readable}
-    cells |= {"ax": axis, "xticklabels": names, "yticklabels": names}
+    cells = {"annot": counts, "fmt": "", "square": True, "linewidths": 0.5 * readable, "ax": axis}
+    cells |= dict.fromkeys(["xticklabels", "yticklabels"], list(classes) if readable else False)
     bar = {"label": "images", "shrink": 0.75, "ticks": MaxNLocator(integer=True)}
     sns.heatmap(matrix, mask=hits, cmap="Reds", cbar_kws=bar, **cells)
     sns.heatmap(matrix, mask=~hits, cmap=["0.93"], cbar=False, annot_kws={"color": "0.4"}, **cells)
@@ -283,11 +252,7 @@ def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
 
 @_styled
 def reliability_diagram(bins: DataFrame, *, hue: str, title: str, min_images: int = 10) -> Figure:
-    """Accuracy against confidence; on the diagonal a network knows what it knows.
-
-    bins: columns hue and those of metrics.calibration_bins. Bins of fewer images than min_images
-    say nothing and are left out; the area of a point grows with its images.
-    """
+    """Accuracy against confidence. bins: of calibration_bins, with hue; small ones are left out."""
     table, colors = _checked(bins, ["confidence", "accuracy", "images"], hue)
     figure, (axis,) = _figure(title, 7.4, 4.4)
     axis.plot([0, 100], [0, 100], color=GREY, lw=1, ls="--", label="perfectly calibrated")

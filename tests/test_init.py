@@ -38,7 +38,7 @@ def test_heavy_packages_wait_until_they_are_used():
 import sys
 import labutils as lab
 assert "torch" not in sys.modules
-lab.TrainConfig, lab.MLP, lab.load_data, lab.evaluate, lab.train, lab.summary
+lab.TrainConfig, lab.MLP, lab.load_data, lab.evaluate, lab.train
 heavy = "wandb tensorboard sklearn matplotlib seaborn pandas pytorch_grad_cam dask IPython"
 print([name for name in heavy.split() if name in sys.modules])
 """

@@ -1,7 +1,5 @@
 """Where files belong, and how they are written: whole or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -9,6 +7,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,28 +19,19 @@ def digest(value: Any) -> str:
 
 
 def project_dir() -> Path:
-    """The checkout that labutils is part of, or the working directory when it is installed alone.
-
-    Notebooks run with varying working directories, so no other path is taken from there.
-    """
+    """The checkout that labutils is part of; the working directory if it is installed alone."""
     checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
 
 
-def data_dir() -> Path:
-    """Where data sets are looked for: $LABUTILS_DATA, else data/ in the project."""
-    return _folder("LABUTILS_DATA", "data")
-
-
-def runs_dir() -> Path:
-    """Where runs are kept: $LABUTILS_RUNS, else runs/ in the project."""
-    return _folder("LABUTILS_RUNS", "runs")
-
-
-def _folder(variable: str, name: str) -> Path:
+def _folder(name: str) -> Path:
     # pathlib's own would raise where ~NAME is no user, or a link leads back to itself.
-    path = os.environ.get(variable) or project_dir() / name
+    path = os.environ.get(f"LABUTILS_{name.upper()}") or project_dir() / name
     return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
+
+
+data_dir = partial(_folder, "data")  # where data sets are looked for: $LABUTILS_DATA, else data/
+runs_dir = partial(_folder, "runs")  # where runs are kept: $LABUTILS_RUNS, else runs/
 
 
 def models_dir() -> Path:
@@ -56,11 +46,7 @@ def images_dir() -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that takes the place of path when the block ends well.
-
-    Readers see the old content or the new, never a part; after an error or a kill the old stays.
-    Raises OSError as the system reports it.
-    """
+    """A new binary file that takes the place of `path` when the block ends well, and only then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # tempfile would make a file that only its owner may read.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -78,8 +64,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: indented for people, but a list of numbers on one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     # JSON strings hold no line break, so a string with brackets in it is left alone.
-    numbers = r"\[\n([^\[\]{}\"]*)\n *\]"
-    text = re.sub(numbers, lambda match: f"[{' '.join(match[1].split())}]", text)
+    text = re.sub(r'\[\n([^\[\]{}"]*)\n *\]', lambda match: f"[{' '.join(match[1].split())}]", text)
     with atomic_write(path) as file:
         # A folder's name that is not UTF-8 holds characters that only an escape can write.
         file.write(f"{text}\n".encode(errors="backslashreplace"))

@@ -1,15 +1,12 @@
 """What a network looks like from inside: its layers, the size of signals and of gradients.
 
-A layer is a module without children. Hooks live in a context manager: whatever happens, the model
-is left as it was.
+A layer is a module without children. Whatever happens, the model is left as it was.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,10 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.settings import first_line
-from ..models.registry import evaluating, in_mode
-
-if TYPE_CHECKING:
-    import pandas as pd
+from ..models.registry import in_mode
 
 
 @contextmanager
@@ -41,8 +35,7 @@ def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) 
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Training mode; then modes, buffers (statistics of batch norm), random state as before."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices), in_mode(model, training=True):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), in_mode(model, training=True):
         try:
             yield
         finally:
@@ -51,68 +44,53 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 
 
 def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
-    """Euclidean norm of the loss's gradient in each layer that has parameters to train.
+    """Norm of the gradient of the mean cross-entropy in each layer that has parameters to train.
 
-    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device. The loss is
-    their mean cross-entropy.
-    Columns: kind; parameters, the norm over all of the layer's own; output, the norm of the
+    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device.
+    Columns: kind; parameters, the Euclidean norm over all of the layer's own; output, that of the
     gradient with respect to the layer's output. Rows in the order in which the layers run.
-    The network runs as in a training step and is left as it was, its gradients too.
-    Raises ValueError if nothing can be trained.
+    The network runs as in a training step and is left as it was. ValueError if all of it is frozen.
     """
-    owned = {
-        name: parameters
-        for name, layer in model.named_modules()
-        if (parameters := [p for p in layer.parameters(recurse=False) if p.requires_grad])
-    }
-    if not owned:
+    owned = {}
+    for name, layer in model.named_modules():
+        owned[name] = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+    if not any(owned.values()):
         raise ValueError("gradient_norms: the model has no parameter that requires a gradient.")
     rows: dict[str, dict] = {}
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
-        if name in owned:
+        if owned[name]:
             row = rows[name] = {"kind": type(layer).__name__, "parameters": 0.0, "output": 0.0}
             # A hook on the tensor still sees its gradient if the next layer works in place.
             output.register_hook(lambda grad: row.update(output=_norm([grad])))
 
-    images, labels = batch
     with _as_in_training(model), torch.enable_grad():
         with observed(model, after):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(batch[0]), batch[1])
         flat = [p for name in rows for p in owned[name]]
         grads = dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True)))
     for name, row in rows.items():
         row["parameters"] = _norm([grads[p] for p in owned[name]])
-    return _table([{"layer": name, **row} for name, row in rows.items()])
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
 def _norm(grads: Sequence[Tensor]) -> float:
     """Their norm together; in float64, where the square of a tiny gradient is not yet 0."""
-    flat = torch.cat([grad.detach().flatten().cpu() for grad in grads])
-    return float(flat.double().norm())
-
-
-def _table(rows: Sequence[dict]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(rows).set_index("layer")
+    return float(torch.cat([grad.detach().flatten().cpu() for grad in grads]).double().norm())
 
 
 def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
-    """Statistics of each layer's output, in the order in which the layers run.
+    """Statistics of each layer's output; batch, order and running as for gradient_norms.
 
-    batch: as for gradient_norms; the labels are not used.
     Columns: kind; mean and rms (root mean square) over all values of the batch; spread, the rms of
     what is left of them without the batch's mean image: 0 if the layer cannot tell images apart;
     zeros, the share that is exactly 0. For a layer that is used twice, its last use.
-    The network runs as in a training step and is left as it was.
     """
     rows: dict[str, dict] = {}
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
         values = output.float()
         rows[name] = {
-            "layer": name,
             "kind": type(layer).__name__,
             "mean": float(values.mean()),
             "rms": float(values.square().mean().sqrt()),
@@ -122,20 +100,18 @@ def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataF
 
     with _as_in_training(model), torch.no_grad(), observed(model, after):
         model(batch[0])
-    return _table(list(rows.values()))
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
 def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     """One row a layer: its kind, output shape, parameters, and FLOPs of one forward pass.
 
-    input_size: shape of one input without the batch dimension, (C, H, W) or (F,).
+    input_size: shape of one input, (C, H, W) or (F,); ValueError if the model cannot take it.
     A layer that is used twice has two rows, its parameters in the first. A multiplication and an
     addition are two FLOPs, as torch counts. The last row is the sum. The model is left as it was.
-    Raises ValueError if the model cannot take such an input.
     """
-    rows, seen = [], set()
+    rows, seen, flops_before = [], set(), {}
     counter = FlopCounterMode(display=False)
-    flops_before: dict[nn.Module, int] = {}
 
     def before(layer: nn.Module, _: tuple) -> None:
         flops_before[layer] = counter.get_total_flops()
@@ -151,14 +127,11 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     device = next((p.device for p in model.parameters()), "cpu")
     try:
         hook = register_module_forward_pre_hook(before)
-        with hook, observed(model, after), evaluating(model), torch.no_grad(), counter:
+        with hook, observed(model, after), in_mode(model, training=False), torch.no_grad(), counter:
             output = model(torch.zeros(1, *input_size, device=device))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"summary: input_size = {input_size!r} does not fit the model "
-            f"({first_line(error)}). Give the shape of one input, data.image_shape."
-        ) from error
+        problem = f"input_size = {input_size!r} does not fit the model ({first_line(error)})"
+        raise ValueError(f"summary: {problem}. Give data.image_shape.") from error
     seen.clear()
-    flops_before[model] = 0
     after("total", model, output)  # the model is a row like its layers, of all parameters and FLOPs
-    return _table(rows)
+    return pd.DataFrame(rows).set_index("layer")

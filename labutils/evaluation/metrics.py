@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..base.device import autocast, usable_precision
 from ..base.settings import Precision, check
 from ..data.tensors import Split
-from ..models.registry import evaluating
+from ..models.registry import in_mode
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,31 +39,19 @@ class Metrics:
     def from_json(cls, values: dict[str, Any]) -> Metrics:
         return cls(**{**values, "accuracy_interval": tuple(values["accuracy_interval"])})
 
-    def __str__(self) -> str:
-        accuracy, low, high = (100 * share for share in (self.accuracy, *self.accuracy_interval))
-        interval = f"[{low:.2f}, {high:.2f}]"
-        return f"accuracy {accuracy:.2f} % {interval}, loss {self.loss:.4f}, n = {self.n:,}"
 
-
-def evaluate(
-    model: nn.Module, split: Split, *, batch_size=1024, top_k=5, precision="float32", tta=False
-) -> Metrics:
-    """Score a classifier on one split.
-
-    split: images uint8 [N, C, H, W], labels int64 [N], on any device. precision, tta: see predict.
-    Returns Metrics; loss is mean cross-entropy in nats, accuracies are fractions in [0, 1].
-    Raises ValueError if the split is empty or the model's output is not [N, num_classes].
-    """
-    options = {"batch_size": batch_size, "precision": precision, "tta": tta}
-    return metrics_from_logits(predict(model, split, **options), split.labels, top_k=top_k)
+def evaluate(model: nn.Module, split: Split, **options: Any) -> Metrics:
+    """Score a classifier on one split; options, and ValueErrors, are those of predict."""
+    return metrics_from_logits(predict(model, split, **options), split.labels)
 
 
 @torch.inference_mode()
 def predict(
     model: nn.Module, split: Split, *, batch_size=1024, precision="float32", tta=False
 ) -> Tensor:
-    """Logits float32 [N, num_classes] on the device of the split; the model's mode is kept.
+    """Logits float32 [N, num_classes], on the device of the split; the model's mode is kept.
 
+    split: images uint8 [N, C, H, W], labels int64 [N], on any device.
     precision: as in TrainConfig; float32 also where bf16 would be emulated.
     tta: test-time augmentation, the mean of the logits of each image and of its mirror image.
     Raises ValueError if the split is empty, precision unknown or the output not [N, num_classes].
@@ -71,19 +59,16 @@ def predict(
     if not len(split):
         raise ValueError("evaluate: the split is empty. Give one with at least one image.")
     check("evaluate", {"precision": Precision}, {"precision": precision})
-    parameter = next(model.parameters(), None)
-    device = split.images.device if parameter is None else parameter.device
+    device = next((parameter.device for parameter in model.parameters()), split.images.device)
     batches = []
-    with evaluating(model), autocast(usable_precision(precision, device), device):
+    with in_mode(model, training=False), autocast(usable_precision(precision, device), device):
         for images, _ in split.batches(batch_size):
             images = images.to(device)
             logits = model(images)
             batches.append((logits.float() + model(images.flip(-1)).float()) / 2 if tta else logits)
     if batches[0].ndim != 2 or len(batches[0]) != min(batch_size, len(split)):
-        raise ValueError(
-            f"evaluate: the model returned shape {list(batches[0].shape)} for a batch. "
-            "A classifier returns logits [N, num_classes]."
-        )
+        shape = list(batches[0].shape)
+        raise ValueError(f"evaluate: the model returned shape {shape}, not [N, num_classes].")
     return torch.cat(batches).float().to(split.images.device)
 
 
@@ -95,21 +80,14 @@ def loss_and_accuracy(model: nn.Module, split: Split, *, precision="float32") ->
 
 
 def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
-    """Metrics of logits float [N, num_classes], labels int64 [N]; ValueError if these disagree."""
+    """Metrics of logits [N, num_classes], labels int64 [N]; ValueError if a label has no logit."""
     from scipy.stats import binomtest
     from torchmetrics.functional import classification as tm
 
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(
-            f"evaluate: logits {list(logits.shape)} and labels {list(labels.shape)}. "
-            "Needed: [N, num_classes] and [N] with N >= 1."
-        )
     n, num_classes = logits.shape
-    if int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"evaluate: label {int(labels.max())} with {num_classes} logits an image. "
-            "The model needs one output for each class of the data."
-        )
+    if (label := int(labels.max())) >= num_classes:
+        hint = "Give the model one output for each class of the data."
+        raise ValueError(f"evaluate: label {label} with {num_classes} logits an image. {hint}")
     preds, top_k = logits.argmax(dim=1), min(top_k, num_classes)
     confusion = tm.multiclass_confusion_matrix(preds, labels, num_classes)
     hits = int(confusion.diagonal().sum())
@@ -137,14 +115,13 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Me
 def calibration_bins(logits: Tensor, labels: Tensor) -> pd.DataFrame:
     """Images sorted into 15 equal bins by confidence (Guo 2017, https://arxiv.org/abs/1706.04599).
 
-    logits: float [N, num_classes]. labels: int64 [N].
-    Columns: confidence and accuracy, means in the bin, fractions; images, how many. Bins without
-    images have no row.
+    logits: float [N, num_classes]. labels: int64 [N]. Columns: confidence and accuracy, means in
+    the bin, fractions; images, how many. Bins without images have no row.
     """
     import pandas as pd
 
-    confidence, preds = logits.cpu().softmax(dim=1).max(dim=1)
-    confidence = confidence.clamp(max=1 - 2**-24)  # so that 1 is in the last bin
+    # Clamped, so that a confidence of 1 is in the last bin.
+    confidence, preds = logits.cpu().softmax(dim=1).clamp(max=1 - 2**-24).max(dim=1)
     bins = torch.bucketize(confidence, torch.linspace(0, 1, 16), right=True) - 1
     rows = torch.stack([confidence, (preds == labels.cpu()).float(), torch.ones_like(confidence)])
     # Summed in float32, as torchmetrics does: so were the published values.

@@ -1,8 +1,7 @@
 """Convolutional networks of exercise 1.3, each a chain of named stages, a pool and a head."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
@@ -14,27 +13,18 @@ from .registry import Classes, register
 ImageShape = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
 Widths = Annotated[list[PositiveInt], Field(min_length=1, max_length=30)]  # each halves the size
 Layers = Annotated[list[Any], Field(min_length=1)]
-
 _LAYERS = (64, {"channels": 64, "pool": True}, 128, {"channels": 128, "pool": True}, 256, 256)
-_LAYER = {  # what an item of Layers may say, where it is not just a number of channels
-    "channels": PositiveInt,
-    "kernel": NotRequired[PositiveInt],
-    "stride": NotRequired[PositiveInt],
-    "padding": NotRequired[Pixels],
-    "pool": NotRequired[bool],
-}
+_OPTIONAL = {"kernel": PositiveInt, "stride": PositiveInt, "padding": Pixels, "pool": bool}
+_LAYER = {"channels": PositiveInt} | {key: NotRequired[kind] for key, kind in _OPTIONAL.items()}
 
 
 class ConvNet(nn.Module):
     """What transfer and explanation rely on: logits = head(pool(features(images))).
 
-    stages: name -> module, applied in this order; features() is what the last one returns.
-    pool: turns that into the input of the head, [n, F]; it has no parameters, so that each belongs
-        to one stage or to the head.
-    head: the last linear layer.
-    Every network takes float images [n, C, H, W] and returns logits [n, num_classes]. Its first two
-    arguments are image_shape, (C, H, W), and num_classes, at least 2. ValueError names an argument
-    that is not allowed, and images too small for the layers.
+    stages: name -> module, in this order: stage1, stage2, ..., and what a network adds. pool: turns
+        their output into the input of the head, [n, F], without parameters. head: linear.
+    Every network takes float images [n, C, H, W] and returns logits [n, num_classes]; image_shape
+    is (C, H, W). ValueError names an argument that is not allowed, and images that are too small.
     """
 
     def __init__(self, stages: Mapping[str, nn.Module], pool: nn.Module, head: nn.Linear) -> None:
@@ -53,10 +43,7 @@ class ConvNet(nn.Module):
 
 @register
 class SimpleCNN(ConvNet):
-    """Convolution 3x3, ReLU, max-pool for each width; then two fully connected layers.
-
-    Stages: stage1, stage2, ..., and hidden, the first fully connected layer.
-    """
+    """Convolution 3x3, ReLU, max-pool for each width; then a stage `hidden`: linear, ReLU."""
 
     def __init__(
         self,
@@ -82,7 +69,7 @@ class SimpleCNN(ConvNet):
 class CNN(ConvNet):
     """Two times (convolution 3x3, batch norm, ReLU), then max-pool, for each width.
 
-    Global average pooling, dropout and a linear layer classify. Stages: stage1, stage2, ...
+    Global average pooling, dropout and a linear layer classify.
     """
 
     def __init__(
@@ -94,13 +81,11 @@ class CNN(ConvNet):
         dropout: Fraction = 0.3,
     ) -> None:
         require_size("CNN", image_shape, 2 ** len(widths))
-        channels = image_shape[0]
         stages = {}
-        for number, width in enumerate(widths, start=1):
-            layers = conv_norm_relu(channels, width) + conv_norm_relu(width, width)
+        for number, (before, width) in enumerate(pairwise([image_shape[0], *widths]), start=1):
+            layers = conv_norm_relu(before, width) + conv_norm_relu(width, width)
             stages[f"stage{number}"] = nn.Sequential(*layers, nn.MaxPool2d(2))
-            channels = width
-        super().__init__(stages, global_average(dropout), nn.Linear(channels, num_classes))
+        super().__init__(stages, global_average(dropout), nn.Linear(widths[-1], num_classes))
 
 
 @register
@@ -108,10 +93,9 @@ class FullyConvCNN(ConvNet):
     """Convolution, batch norm, ReLU, dropout and perhaps max-pool for each layer of a list.
 
     Global average pooling and a linear layer classify, so that class activation maps (Zhou et al.
-    2016, https://arxiv.org/abs/1512.04150) are exact. Stages: stage1, stage2, ..., one a layer.
+    2016, https://arxiv.org/abs/1512.04150) are exact. Each layer is a stage.
     layers: each a number of channels, or a dict of channels and, where wanted, kernel (default 3),
-        stride (1), padding (kernel // 2, which keeps the size if the kernel is odd) and pool
-        (False; True halves the size).
+        stride (1), padding (kernel // 2) and pool (False; True halves the size).
     dropout: fraction of each layer's maps that training drops; whole maps, as a pixel says what its
         neighbours say too (Tompson et al. 2015, https://arxiv.org/abs/1411.4280).
     """
@@ -129,26 +113,22 @@ class FullyConvCNN(ConvNet):
         for index, given in enumerate(layers):
             layer = given if isinstance(given, dict) else {"channels": given}
             layer = check(f"FullyConvCNN: layers[{index}]", _LAYER, layer)
-            kernel, stride = layer.get("kernel", 3), layer.get("stride", 1)
+            out, kernel, stride = layer["channels"], layer.get("kernel", 3), layer.get("stride", 1)
             padding, pool = layer.get("padding", kernel // 2), layer.get("pool", False)
             before = "x".join(map(str, size))
-            size = [(side + 2 * padding - kernel) // stride + 1 for side in size]
-            size = [side // 2 for side in size] if pool else size
+            size = [((side + 2 * padding - kernel) // stride + 1) // (1 + pool) for side in size]
             if min(size) < 1:
-                raise ValueError(
-                    f"FullyConvCNN: layers[{index}] = {given!r} leaves nothing of {before} pixels. "
-                    f"Shrink less before it, or enlarge image_shape = {tuple(image_shape)}."
-                )
-            parts = conv_norm_relu(channels, layer["channels"], kernel, stride, padding)
+                problem = f"layers[{index}] = {given!r} leaves nothing of {before} pixels"
+                hint = f"Shrink less before it, or enlarge image_shape = {tuple(image_shape)}"
+                raise ValueError(f"FullyConvCNN: {problem}. {hint}.")
+            parts = conv_norm_relu(channels, out, kernel, stride, padding)
             parts += [nn.Dropout2d(dropout), *([nn.MaxPool2d(2)] if pool else [])]
             stages[f"stage{index + 1}"] = nn.Sequential(*parts)
-            channels = layer["channels"]
+            channels = out
         super().__init__(stages, global_average(), nn.Linear(channels, num_classes))
 
 
-def conv_norm_relu(
-    channels: int, out: int, kernel: int = 3, stride: int = 1, padding: int = 1
-) -> list[nn.Module]:
+def conv_norm_relu(channels: int, out: int, kernel=3, stride=1, padding=1) -> list[nn.Module]:
     """Convolution, batch norm and ReLU: maps [n, channels, H, W] to [n, out, h, w]."""
     # Batch norm adds an offset of its own, so a bias would have no effect.
     layer = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)

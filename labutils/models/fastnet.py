@@ -1,6 +1,6 @@
 """A network made to reach 94 % on CIFAR-10 in the least time, and its whitening first layer."""
 
-from __future__ import annotations
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from .registry import Classes, register
 
 @register
 class FastNet(ConvNet):
-    """A network made to reach 94 % on CIFAR-10 in the least time.
+    """A network made to reach 94 % on CIFAR-10 in the least time. Its first stage is `whiten`.
 
-    Stages: whiten, then stage1, stage2, ..., one a width. Where its ideas come from:
+    Where its ideas come from:
     - David Page, https://myrtle.ai/learn/how-to-train-your-resnet-8-bag-of-tricks/: the first
       convolution is not trained but whitens small patches of the images; batch norm keeps scale 1
       and learns an offset alone; pooling comes before batch norm and activation; the largest value
@@ -24,7 +24,7 @@ class FastNet(ConvNet):
       https://arxiv.org/abs/2404.00498: each whitening filter also negated, so that nothing is lost
       in the activation; convolutions that start out as the identity on as many channels as they
       take; two convolutions in each stage; batch statistics that forget 40 % a step; scale 1/9.
-    Call whiten() before training. Until then the first layer is random, and frozen as well.
+    Call whiten() before training: the first layer is random until then, and never trained.
     """
 
     def __init__(
@@ -37,46 +37,39 @@ class FastNet(ConvNet):
         whiten.weight.requires_grad_(False)
         nn.init.zeros_(whiten.bias)
         stages = {"whiten": nn.Sequential(whiten, nn.GELU())}
-        for number, width in enumerate(widths, start=1):
-            first = [_identity_conv(channels, width), nn.MaxPool2d(2), _offset_norm(width)]
+        for number, (before, width) in enumerate(pairwise([channels, *widths]), start=1):
+            first = [_identity_conv(before, width), nn.MaxPool2d(2), _offset_norm(width)]
             second = [_identity_conv(width, width), _offset_norm(width)]
             stages[f"stage{number}"] = nn.Sequential(*first, nn.GELU(), *second, nn.GELU())
-            channels = width
         pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
-        super().__init__(stages, pool, _ScaledLinear(channels, num_classes, bias=False))
+        super().__init__(stages, pool, _ScaledLinear(widths[-1], num_classes, bias=False))
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
         """Make the first layer whiten 2x2 patches of images like these.
 
         images: normalised training images, float [n, C, H, W]; a few thousand are enough.
-        A filter is an eigenvector of the covariance of the patches, divided by the root of its
-        eigenvalue + 5e-4 (airbench's number), so that rare noise is not amplified. Eigenvectors are
-        sorted by decreasing eigenvalue; their largest component is positive. In double precision,
-        because a difference in the last bit would be other weights, hence another run.
-        Raises ValueError for images of another kind or shape, or with values that are not finite.
+        A filter is an eigenvector of the patches' covariance, divided by the root of its eigenvalue
+        + 5e-4 (airbench's number), so that rare noise is not amplified; by decreasing eigenvalue,
+        the largest component positive. Raises ValueError for images that do not fit.
         """
+        # In double precision: a difference in the last bit would be other weights, another run.
         layer = self.stages["whiten"][0]
-        fits = images.ndim == 4 and images.shape[1] == layer.in_channels and len(images)
-        if not (fits and images.is_floating_point() and min(images.shape[2:]) > 1):
-            raise ValueError(
-                f"FastNet.whiten: images are {images.dtype} {list(images.shape)}. Give normalised "
-                f"ones, float [n, {layer.in_channels}, H, W], n at least 1, H and W at least 2."
-            )
+        fits = images.ndim == 4 and images.shape[1] == layer.in_channels and images.isfinite().all()
+        if not (fits and len(images) and images.is_floating_point() and min(images.shape[2:]) > 1):
+            needed = f"finite float [n, {layer.in_channels}, H, W], n above 0, H and W above 1"
+            found = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"FastNet.whiten: images are {found}. Give normalised ones, {needed}.")
         count, total, moments = 0, 0, 0
         for chunk in images.split(512):  # all patches at once would take gigabytes
             patches = F.unfold(chunk.cpu().double(), 2).movedim(1, 0).flatten(1)
             count += patches.shape[1]
             total = total + patches.sum(1)
             moments = moments + patches @ patches.T
-        mean = total / count
-        covariance = moments / count - mean.outer(mean)
-        if not covariance.isfinite().all():
-            raise ValueError("FastNet.whiten: images hold inf or nan. Find them in the data set.")
+        covariance = moments / count - (total / count).outer(total / count)
         values, vectors = torch.linalg.eigh(covariance)
         filters = (vectors / (values.clamp(min=0) + 5e-4).sqrt()).T.flip(0)
-        largest = filters.gather(1, filters.abs().argmax(1, keepdim=True))
-        filters = filters * largest.sign()
+        filters *= filters.gather(1, filters.abs().argmax(1, keepdim=True)).sign()
         layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
 

@@ -1,7 +1,5 @@
 """The perceptrons of exercises 1.1 and 1.2, with and without skips."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -17,9 +15,8 @@ class _Layers(nn.Sequential):
     """A Sequential with arguments of its own; a slice of it is plain: model[:-1] has no head."""
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        if isinstance(index, slice):
-            return nn.Sequential(*list(self)[index])
-        return super().__getitem__(index)
+        part = list(self)[index]
+        return nn.Sequential(*part) if isinstance(index, slice) else part
 
 
 @register
@@ -27,11 +24,9 @@ class MLP(_Layers):
     """Multilayer perceptron: flatten, then linear, (batch norm), ReLU for each width, then linear.
 
     Takes images [N, ...] with in_features numbers each, returns logits [N, num_classes].
-    hidden: widths of the hidden layers, any number of them; [] is a linear classifier.
-    dropout: fraction of the last hidden layer's values that training drops.
+    hidden: widths; [] is a linear classifier. dropout: fraction of the last width that is dropped.
     init: 'torch', or 'he': normal weights of variance 2 / inputs in front of a ReLU, which keep the
         size of the signal from layer to layer (He et al. 2015, https://arxiv.org/abs/1502.01852).
-    Raises ValueError if a width is not a whole number above 0 or dropout is not in [0, 1).
     """
 
     def __init__(
@@ -55,9 +50,8 @@ class MLP(_Layers):
 class ResidualBlock(nn.Module):
     """ReLU(body(x) + x), a skip over linear layers (He et al. 2016, arxiv.org/abs/1512.03385).
 
-    Takes [N, width], returns [N, width]; where the two widths differ, a linear bridge without bias
-    takes the place of the identity.
-    widths: of the input, then of each linear layer in the body.
+    widths: of the input [N, width], then of each linear layer in the body. A linear bridge without
+        bias takes the place of the identity if the first and the last differ.
     dropout: fraction of the input of the body's last linear layer that training drops.
     """
 
@@ -80,15 +74,12 @@ class ResidualBlock(nn.Module):
 
 @register
 class ResidualMLP(_Layers):
-    """The MLP with the same hidden layers, and skips over blocks of them.
+    """The MLP with the same hidden layers, at least two, and skips over blocks of them.
 
-    Takes images [N, ...] with in_features numbers each, returns logits [N, num_classes].
-    hidden: widths of all hidden layers, at least two. The first has no skip; those after it are cut
-        into blocks of `block` layers, and the last block takes what is left. If all widths are
-        equal, there are exactly as many parameters as in the MLP.
-    block: linear layers that one skip passes over.
+    hidden: the first of them has no skip; those after it are cut into blocks of `block` layers, and
+        the last block takes what is left. If all widths are equal, there are exactly as many
+        parameters as in the MLP.
     dropout: fraction of the input of each block's last linear layer that training drops.
-    Raises ValueError as MLP does, and if there is no layer for a block.
     """
 
     def __init__(

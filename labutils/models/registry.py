@@ -1,14 +1,11 @@
 """Networks by name: what can be built again from a spec, and what all networks share."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect
-import typing
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Annotated, Any, Literal, NotRequired
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 
 from pydantic import Field
 from torch import nn
@@ -16,18 +13,16 @@ from torch import nn
 from ..base.settings import check, first_line
 
 MODELS: dict[str, type[nn.Module]] = {}
-
 Classes = Annotated[int, Field(ge=2, lt=2**31)]
 
 
 def register(cls: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: build by name, and keep the arguments of each instance in `.spec`.
+    """Class decorator: build by name, and keep the arguments, as JSON has them, in `.spec`.
 
-    They are checked against their type hints, where a tuple counts as a list, and have to be values
-    that JSON can hold. ValueError names those that are wrong, missing, unknown or too large.
+    ValueError names those that do not fit their type hints, are missing, unknown or too large.
     """
     init, kinds, defaults = cls.__init__, {}, {}
-    hints = typing.get_type_hints(init, include_extras=True)
+    hints = get_type_hints(init, include_extras=True)
     for name, parameter in list(inspect.signature(init).parameters.items())[1:]:
         kinds[name], defaults[name] = NotRequired[hints.get(name, Any)], _json(parameter.default)
 
@@ -68,26 +63,16 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             part.training = mode
 
 
-def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Evaluation mode inside of the block; each part's own mode again after it."""
-    return in_mode(model, training=False)
-
-
 def num_parameters(model: nn.Module) -> int:
     """How many numbers training can change."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def build(spec: dict[str, Any]) -> nn.Module:
-    """The model that a spec describes, with fresh weights from torch's random state.
-
-    Raises ValueError for a name that is not registered, and for arguments that it does not take.
-    """
+    """The model of a spec, with fresh weights; ValueError for an unknown name or argument."""
     # They register their networks; torchvision, which some need, takes a second to import.
     for module in ("mlp", "convnets", "resnet", "fastnet"):
         importlib.import_module(f".{module}", __package__)
-    check("build", {"spec": dict[str, Any]}, {"spec": spec})
-    arguments = dict(spec)
-    name = arguments.pop("model", None)
-    check("build", {"model": Literal[*sorted(MODELS)]}, {"model": name})
-    return MODELS[name](**arguments)
+    arguments = check("build", {"spec": dict[str, Any]}, {"spec": spec})["spec"]
+    check("build", {"model": Literal[*sorted(MODELS)]}, {"model": arguments.get("model")})
+    return MODELS[arguments.pop("model")](**arguments)

@@ -1,9 +1,5 @@
 """Residual networks, and their plain twins without the shortcuts."""
 
-from __future__ import annotations
-
-from typing import Literal
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, conv1x1
@@ -25,9 +21,6 @@ class ResNet(ConvNet):
     residual: False leaves out the shortcuts of the CIFAR family: the plain twin, whose parameters
         are the same in name, number and shape. There is none at depth 18, as projections have
         parameters.
-    stem: 'cifar' is one convolution 3x3; 'deep' is three, the first with stride 2, and a max-pool,
-        which together quarter the size of larger images (ResNet-C of He et al. 2019,
-        https://arxiv.org/abs/1812.01187).
     """
 
     def __init__(
@@ -38,25 +31,21 @@ class ResNet(ConvNet):
         depth: int = 18,
         width: PositiveInt | None = None,
         residual: bool = True,
-        stem: Literal["cifar", "deep"] = "cifar",
     ) -> None:
         if depth != 18 and depth not in range(8, 10_000, 6):
             raise ValueError(f"ResNet: depth = {depth}. Give 18, or 6n + 2: 8, 14, 20, ..., 9998.")
         if depth == 18 and not residual:
-            raise ValueError(
-                "ResNet: residual = False with depth = 18: without its projections the network has "
-                "fewer parameters, which is no fair comparison. Give depth = 20, say."
-            )
+            hint = "its shortcuts have parameters, so that no twin is as large. Give 20, say."
+            raise ValueError(f"ResNet: residual = False with depth = 18: {hint}")
         blocks = [2] * 4 if depth == 18 else [(depth - 2) // 6] * 3
         channels = width = width or (64 if depth == 18 else 16)
-        stages = {"stem": _stem(image_shape[0], width, deep=stem == "deep")}
+        stages = {"stem": nn.Sequential(*conv_norm_relu(image_shape[0], width))}
         for index, count in enumerate(blocks):
-            stage = []
-            for _ in range(count):
-                out = width * 2**index
-                stage.append(_block(channels, out, residual=residual, project=depth == 18))
-                channels = out
+            out = width * 2**index
+            inputs = [channels, *[out] * (count - 1)]
+            stage = [_block(size, out, residual=residual, project=depth == 18) for size in inputs]
             stages[f"stage{index + 1}"] = nn.Sequential(*stage)
+            channels = out
         super().__init__(stages, global_average(), nn.Linear(channels, num_classes))
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
@@ -94,12 +83,3 @@ def _block(channels: int, out: int, *, residual: bool, project: bool) -> BasicBl
     else:
         shortcut = _PadShortcut(out - channels)
     return BasicBlock(channels, out, stride, shortcut)
-
-
-def _stem(channels: int, width: int, *, deep: bool) -> nn.Sequential:
-    if not deep:
-        return nn.Sequential(*conv_norm_relu(channels, width))
-    half = (width + 1) // 2
-    layers = conv_norm_relu(channels, half, stride=2) + conv_norm_relu(half, half)
-    layers += [*conv_norm_relu(half, width), nn.MaxPool2d(3, stride=2, padding=1)]
-    return nn.Sequential(*layers)

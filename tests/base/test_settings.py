@@ -200,7 +200,7 @@ def test_an_unknown_recipe_is_named_with_the_known_ones(name):
 def test_an_unknown_setting_is_named_with_the_nearest(change):
     with pytest.raises(ValueError, match=r"^TrainConfig: epoch = 3\..* mean 'epochs'\? Known: ep"):
         change()
-    with pytest.raises(ValueError, match=r"^Augment: rotat = 3\..* mean 'rotate'\? Known: rotate"):
+    with pytest.raises(ValueError, match=r"^Augment: rotat = 3\..* mean 'rotate'\? Known: crop"):
         Augment(rotat=3)
 
 

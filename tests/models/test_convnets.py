@@ -21,7 +21,6 @@ SMALL = {
     "cnn": ("CNN", {"widths": [4, 6, 8]}),
     "fullyconv": ("FullyConvCNN", {"layers": [4, {"channels": 6, "pool": True}, 8]}),
     "resnet18": ("ResNet", {"width": 4}),
-    "resnet18-deep": ("ResNet", {"width": 4, "stem": "deep"}),
     "resnet20": ("ResNet", {"depth": 20, "width": 4}),
     "plain20": ("ResNet", {"depth": 20, "width": 4, "residual": False}),
     "fast": ("FastNet", {"widths": [4, 8, 8]}),
@@ -267,9 +266,6 @@ def test_layers_stand_in_the_order_of_the_exercise():
     without, with_pool = lab.FullyConvCNN(IMAGES, 10, layers=layers).stages.values()
     assert kinds(without) == [*conv, "Dropout"]
     assert kinds(with_pool) == [*conv, "Dropout", "MaxPool"]
-    deep = lab.ResNet((3, 128, 128), 10, stem="deep", width=6).stages["stem"]
-    assert kinds(deep) == [*conv * 3, "MaxPool"]
-    assert deep(noise(1, 3, 128, 128)).shape == (1, 6, 32, 32)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -414,7 +410,6 @@ def test_a_layer_list_is_refused_exactly_where_the_image_is_gone(layers, height,
         ("ResNet", {"residual": False}, r"residual = False with depth = 18.*20"),
         ("ResNet", {"residual": 0}, r"residual = 0.*boolean"),
         ("ResNet", {"width": 0}, r"width = 0.*greater than 0"),
-        ("ResNet", {"stem": "deap"}, r"stem = 'deap'.*'cifar' or 'deep'"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(model, options, message):

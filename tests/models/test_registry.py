@@ -121,13 +121,13 @@ def test_a_spec_holds_numbers_as_json_has_them():
     assert specs[0]["dropout"] == 0.0
 
 
-def test_evaluating_gives_every_part_its_own_mode_back_even_after_an_error():
+def test_in_mode_gives_every_part_its_own_mode_back_even_after_an_error():
     model = lab.MLP(12, [5], 3, dropout=0.5)
     model.train()
     model[1].eval()
 
     def look_and_fail():
-        with registry.evaluating(model):
+        with registry.in_mode(model, training=False):
             assert not any(part.training for part in model.modules())
             raise ZeroDivisionError
 
