@@ -9,9 +9,9 @@ A new number may be atol + rtol * |stored| off: by TOLERANCES, or as the cell's 
     {"nbval": {"percent": {"atol": 12}, "loss": {"atol": 0.02, "rtol": 0.5}}}
 
 So a tolerance meant for percents never covers a loss. All else is compared to the letter: words,
-the dash of a missing number, whole numbers, which count things, and verdicts, but that a claim which
-is not settled may come to be, or the other way round. Times and versions
-are masked (tests/nbval_sanitize.cfg). Plain text that repeats an output's HTML is left out.
+the dash of a missing number, whole numbers, which count things, and verdicts; only "not settled"
+may become "holds" or "fails", or come from them. Times and versions are masked
+(tests/nbval_sanitize.cfg). Plain text that repeats an output's HTML is left out.
 """
 
 import html

@@ -59,14 +59,13 @@ class Score:
         return (self.values() - other.values()).dropna()
 
     @functools.cached_property
-    def hits(self) -> Tensor:
-        """Which test images the run of the first seed gets right: bool [N], on the CPU.
+    def logits(self) -> Tensor:
+        """What the run of the first seed says of the test images: [N, num_classes], on the CPU.
 
         Raises RunError if its weights are not stored.
         """
         precision = self.first.info.get("precision", "float32")
-        logits = predict(self.first.require_model(), self.data.test, precision=precision)
-        return (logits.argmax(dim=1) == self.data.test.labels).cpu()
+        return predict(self.first.require_model(), self.data.test, precision=precision).cpu()
 
     def __str__(self) -> str:
         return mean_std(self.values())
@@ -215,7 +214,10 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
         return apart.mean() - width, apart.mean() + width, evidence
     if isinstance(one, Score) and isinstance(other, Score) and len(apart):
         try:
-            return _mcnemar(one.hits, other.hits, evidence)
+            hits = [
+                each.logits.argmax(dim=1) == each.data.test.labels.cpu() for each in (one, other)
+            ]
+            return _mcnemar(*hits, evidence)
         except RunError:
             evidence += ", no weights stored to compare the images"
     return -math.inf, math.inf, evidence
@@ -232,4 +234,5 @@ def _mcnemar(one: Tensor, other: Tensor, evidence: str) -> tuple[float, float, s
     if p >= 0.05:  # the normal interval may be a little narrower than the exact test allows
         width = max(width, abs(gain))
     alone = f"{100 * only / n:.1f} % against {100 * others / n:.1f} % of {n:,} images alone right"
-    return gain - width, gain + width, f"{evidence}: {alone}, p = {p:.3f}"
+    p_value = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+    return gain - width, gain + width, f"{evidence}: {alone}, {p_value}"

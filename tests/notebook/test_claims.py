@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,18 +21,19 @@ class Fixed(lab.Score):
     def __init__(self, numbers, hits=None):
         numbers = pd.Series(numbers, dtype=float)
         object.__setattr__(self, "numbers", numbers)
-        super().__init__(dict.fromkeys(numbers.index), None)
-        if hits is not None:
-            object.__setattr__(self, "given_hits", torch.tensor(hits, dtype=torch.bool))
+        labels = SimpleNamespace(labels=torch.ones(len(hits or []), dtype=torch.long))
+        super().__init__(dict.fromkeys(numbers.index), SimpleNamespace(test=labels))
+        object.__setattr__(self, "given_hits", hits)
 
     def values(self, what="accuracy", *, tta=False):
         return self.numbers
 
     @property
-    def hits(self):
-        if not hasattr(self, "given_hits"):
+    def logits(self):
+        if self.given_hits is None:
             raise lab.RunError("no weights")
-        return self.given_hits
+        hits = torch.tensor(self.given_hits, dtype=torch.float)
+        return torch.stack([1 - hits, hits], dim=1)
 
 
 def verdict(method, *args, **kwargs):
@@ -157,7 +159,8 @@ def test_a_score_measures_each_seed(trained, data):
     best = [run.best("val_accuracy") for run in score.runs.values()]
     assert list(score.values("val_accuracy")) == pytest.approx([100 * value for value in best])
     assert list(score.values("epochs")) == [1, 1, 1]
-    assert score.hits.sum() == round(measured[0].accuracy * len(data.test))
+    hits = score.logits.argmax(dim=1) == data.test.labels
+    assert hits.float().mean().item() == pytest.approx(measured[0].accuracy)
 
 
 def test_the_long_table_has_a_row_for_each_run_and_split(trained):
