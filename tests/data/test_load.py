@@ -112,15 +112,12 @@ def test_a_bad_cut_is_named_with_its_value(options):
 
 
 def test_a_cut_that_does_not_fit_says_what_would():
-    with pytest.raises(ValueError, match=r"val_size = 5 does not fit 1,347 .* in 10 classes") as e:
+    with pytest.raises(ValueError, match=r"val_size = 5 does not fit 1,347 ") as caught:
         lab.load_data("digits", device="cpu", val_size=5)
-    assert "a fraction in (0, 1) or a number of images from 10 to 1337" in str(e.value)
+    assert "a fraction in (0, 1) or a number of images from 10 to 1337" in str(caught.value)
     for labels in ([0] * 20 + [1], [1, 0]):
-        with pytest.raises(
-            ValueError, match=r"Class [01] has one image; each needs two at le"
-        ) as e:
+        with pytest.raises(ValueError, match=r"each class needs two \(the smallest has 1\)"):
             load_raw(labels + [0] * 9)
-        assert "from" not in str(e.value)
 
 
 def test_a_source_with_its_own_val_split_keeps_it():
