@@ -25,14 +25,11 @@ def generator(*key: int | str) -> torch.Generator:
 
 def require_fit(augment: Augment, shape: Sequence[int]) -> None:
     """Raise ValueError if images of shape (..., H, W) are too small for a setting."""
-    height, width = shape[-2:]
-    side = min(height, width)
+    side = min(shape[-2:])
     for name, largest in (("crop", side - 1), ("cutout", side)):
         if (value := getattr(augment, name)) > largest:
-            raise ValueError(
-                f"Augment: {name} = {value} with images of {height}x{width} pixels. Choose at most "
-                f"{largest}, or 0 to leave it out."
-            )
+            allowed = f"with images of {shape[-2]}x{shape[-1]} pixels. Choose 0 to {largest}."
+            raise ValueError(f"Augment: {name} = {value} {allowed}")
 
 
 def draw(augment: Augment, shape: Sequence[int], seed: int, epoch: int) -> tuple[Tensor, ...]:

@@ -60,16 +60,13 @@ def _image_files(split: Path) -> dict[str, list[Path]]:
     """The image files of each class, in the order of torchvision's ImageFolder."""
     classes: dict[str, list[Path]] = {path.name: [] for path in sorted(split.glob("*/"))}
     # ** follows no links, which could lead in circles.
-    found = [(path.relative_to(split).parts[0], path) for path in split.glob("*/**/*")]
-    for name, path in sorted(found, key=lambda item: (item[0], str(item[1].parent), item[1].name)):
+    for path in sorted(split.glob("*/**/*"), key=lambda path: (str(path.parent), path.name)):
         is_image = path.name.lower().endswith(SUFFIXES)
         if is_image and path.is_file():
-            classes[name].append(path)
+            classes[path.relative_to(split).parts[0]].append(path)
         elif not path.is_file() and (path.is_symlink() or (is_image and not path.is_dir())):
-            raise DataError(
-                f"load_data: {path} is a link to a folder or to nothing, a pipe or a device. "
-                "Replace or remove it."
-            )
+            what = "a link to a folder or to nothing, a pipe or a device"
+            raise DataError(f"load_data: {path} is {what}. Replace or remove it.")
     return classes
 
 
@@ -102,7 +99,7 @@ def _decode(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-                raise ValueError("32 bits of grey, without a white: use 8 or 16")
+                raise ValueError("32 bits of grey, of unknown white: use 8 or 16")
             image.draft("RGB", (size, size))
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
