@@ -28,8 +28,7 @@ class DataError(RuntimeError):
 def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Arrays]]:
     """Class names, and the arrays of each split that is there.
 
-    root: holds train/ and one or both of val/ and test/, each with the same folders, one a class.
-        Files below them that end in one of SUFFIXES are images; others are ignored.
+    root: train/, and val/ or test/ or both, each with the same folders of images, one a class.
     size: side in pixels that images are scaled to; the centre of a longer side is cut out.
     Raises DataError for a tree of another form and for a file that cannot be decoded.
     """

@@ -40,17 +40,16 @@ def load_data(
     values = name, val_size, subset, seed, image_size
     check("load_data", _KINDS, dict(zip(_KINDS, values)))
     device = resolve_device(device)
-    raw = read(name, image_size=image_size)
-    train, val = raw.train, raw.val
-    if val is None:
-        train, val = _cut(train, val_size, seed, "val_size")
+    source, classes, splits = read(name, image_size=image_size)
+    if "val" not in splits:
+        splits["train"], splits["val"] = _cut(splits["train"], val_size, seed, "val_size")
     if subset < 1:
-        _, train = _cut(train, float(subset), seed, "subset")
-    statistics, splits = pixel_statistics(torch.from_numpy(train[0])), {}
-    for part, arrays in {"train": train, "val": val, "test": raw.test}.items():
+        _, splits["train"] = _cut(splits["train"], float(subset), seed, "subset")
+    statistics = pixel_statistics(torch.from_numpy(splits["train"][0]))
+    for part, arrays in splits.items():
         images, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
         splits[part] = Split(images, labels, *statistics)
-    return ImageData(name=name, source=raw.source, classes=raw.classes, **splits)
+    return ImageData(name, source, classes, **splits)
 
 
 def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
@@ -65,7 +64,7 @@ def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
         counts = np.unique_counts(labels).counts
         raise ValueError(
             f"load_data: {what} = {size!r} does not fit {len(labels):,} training images. Give a "
-            f"fraction in (0, 1) or a number of images from {len(counts)} to "
-            f"{len(labels) - len(counts)}; each class needs two (the smallest has {counts.min()})."
+            f"fraction in (0, 1) or {len(counts)} to {len(labels) - len(counts)} images; each class"
+            f" needs two (the smallest has {counts.min()})."
         ) from error
     return [(images[index], labels[index]) for index in map(np.sort, parts)]

@@ -17,24 +17,12 @@ from ..base.settings import first_line, suggestion
 from .folder import Arrays, DataError, read_folder
 from .synthetic import SETS, class_names, generate
 
+Raw = tuple[str, tuple[str, ...], dict[str, Arrays]]  # source, classes, arrays of each split
+
 CIFAR10_CLASSES = [
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 ]
-IMAGENETTE_CLASSES = [  # in the order of their folders, n01440764 to n03888257
-    *("tench", "English springer", "cassette player", "chain saw", "church"),
-    *("French horn", "garbage truck", "gas pump", "golf ball", "parachute"),
-]
-
-
-class Raw(NamedTuple):
-    """A data set as found. val is None where the source has none of its own."""
-
-    source: str
-    classes: tuple[str, ...]
-    train: Arrays
-    test: Arrays
-    val: Arrays | None = None
 
 
 class _Known(NamedTuple):
@@ -50,7 +38,7 @@ KNOWN = {
     "mnist": _Known("MNIST", "MNIST", "digits", "0123456789"),
     "cifar10": _Known("CIFAR10", "cifar-10-batches-py", "shapes10", CIFAR10_CLASSES),
     "cifar100": _Known("CIFAR100", "cifar-100-python", "shapes100"),
-    "imagenette": _Known("Imagenette", "imagenette2-160", "scenes10", IMAGENETTE_CLASSES),
+    "imagenette": _Known("Imagenette", "imagenette2-160", "scenes10"),
 }
 EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 
@@ -58,8 +46,8 @@ EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 def read(name: str, *, image_size: int | None = None) -> Raw:
     """Find a data set by name: embedded, an npz file, torchvision's files, torchvision's download.
 
-    image_size: side in pixels for `folder:PATH` (default 64), imagenette (default 128) and the
-        generated sets, where it has to divide the side that they are drawn with.
+    image_size: side in pixels, 64 by default for folder:PATH, 128 for imagenette; for the generated
+        sets a divisor of the side that they are drawn with.
     Raises ValueError for an unknown name, DataError for missing or damaged data.
     """
     npz = data_dir() / f"{name}.npz"
@@ -97,44 +85,43 @@ def _digits(name: str, _) -> Raw:
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     cut = train_test_split(images, labels, test_size=450, stratify=labels, random_state=0)
-    return Raw("scikit-learn load_digits", tuple("0123456789"), cut[::2], cut[1::2])
+    splits = {"train": cut[::2], "test": cut[1::2]}
+    return "scikit-learn load_digits", tuple("0123456789"), splits
 
 
 def _generated(name: str, size: int | None) -> Raw:
-    spec, splits = SETS[name], []
+    spec, splits = SETS[name], {}
     factor, rest = divmod(spec.side, size or spec.side)
     if rest:
         raise ValueError(
             f"load_data: image_size = {size} is no divisor of the {spec.side} pixels of {name}."
         )
-    for seed, count in enumerate((spec.train, spec.test)):
+    for seed, (split, count) in enumerate({"train": spec.train, "test": spec.test}.items()):
         scenes = generate(name, count, seed)
-        images = scenes.images
+        images, area = scenes.images, factor**2
         if factor > 1:
             squares = images.reshape(count, 3, size, factor, size, factor)
             # In whole numbers, halves up, so that the bytes are the same on every machine.
-            sums = squares.sum(axis=(3, 5), dtype=np.uint32)
-            images = ((sums + factor**2 // 2) // factor**2).astype(np.uint8)
-        splits.append((images, scenes.labels))
-    return Raw("labutils.synthetic", class_names(name), *splits)
+            images = ((squares.sum((3, 5), np.uint32) + area // 2) // area).astype(np.uint8)
+        splits[split] = images, scenes.labels
+    return "labutils.synthetic", class_names(name), splits
 
 
 def _npz(name: str, _) -> Raw:
     path = data_dir() / f"{name}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            train, test = (_checked(file[f"x_{s}"], file[f"y_{s}"], s) for s in ("train", "test"))
-        shapes = train[0].shape[1:], test[0].shape[1:]
+            splits = {s: _checked(file[f"x_{s}"], file[f"y_{s}"], s) for s in ("train", "test")}
+        shapes = [images.shape[1:] for images, _ in splits.values()]
         if shapes[0] != shapes[1]:
             raise ValueError(f"images [C, H, W] are {shapes[0]} in x_train, {shapes[1]} in x_test")
     except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
-        why = first_line(error).strip("'\"")  # a KeyError quotes
         raise DataError(
-            f"load_data: {path} cannot be read ({why}). Replace it or move it away. Needed: x_train"
-            ", y_train, x_test, y_test, with images uint8 [N, H, W] or [N, H, W, C] with 1 or 3 "
-            "channels, labels whole numbers [N]."
+            f"load_data: {path} cannot be read ({first_line(error)}). Replace or move it. Needed: "
+            "x_train, y_train, x_test, y_test: images uint8 [N, H, W] or [N, H, W, 1 or 3], labels "
+            "int [N]."
         ) from error
-    return Raw(path.name, _names(path, train[1], test[1]), train, test)
+    return path.name, _names(path, splits["train"][1], splits["test"][1]), splits
 
 
 def _checked(images: np.ndarray, labels: np.ndarray, split: str, limit: int = 2**31) -> Arrays:
@@ -165,8 +152,8 @@ def _names(path: Path, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
         names = [str(number) for number in range(len(np.unique(train)))]
     if (highest := int(max(train.max(), test.max()))) >= len(names):
         raise DataError(
-            f"load_data: {path} has labels up to {highest}, but {len(names)} classes have a name or, "
-            "without names, training images. Number the classes from 0 on, or put a JSON list of "
+            f"load_data: {path} has labels up to {highest}, but {len(names)} classes have a name or,"
+            " without names, images in train. Number the classes from 0 on, or put a JSON list of "
             f"all {highest + 1} names into {beside}."
         )
     return tuple(names)
@@ -175,27 +162,28 @@ def _names(path: Path, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
 def _torchvision(name: str, size: int | None) -> Raw:
     from torchvision import datasets
 
-    known, root = KNOWN[name], data_dir()
+    known, root, splits = KNOWN[name], data_dir(), {}
     _download(name)
     try:
         if name == "imagenette":
-            folders, splits = read_folder(root / known.folder, size or 128)
-            if len(folders) != 10:
-                raise ValueError(f"{len(folders)} of 10 classes")
-            source = "torchvision Imagenette, 160 px variant"
-            return Raw(source, tuple(known.classes), splits["train"], splits["val"])
-        splits = []
+            found = datasets.Imagenette(root, size="160px").classes
+            _, arrays = read_folder(root / known.folder, size or 128)
+            if len(found) != 10:
+                raise ValueError(f"{len(found)} of 10 classes")
+            splits = {"train": arrays["train"], "test": arrays["val"]}
+            names = tuple(synonyms[0] for synonyms in found)
+            return "torchvision Imagenette, 160 px variant", names, splits
         for split in ("train", "test"):
             dataset = getattr(datasets, known.dataset)(root, train=split == "train")
             names, arrays = known.classes or dataset.classes, (dataset.data, dataset.targets)
-            splits.append(_checked(*map(np.asarray, arrays), split, len(names)))
+            splits[split] = _checked(*map(np.asarray, arrays), split, len(names))
     except Exception as error:  # torchvision reports damage as almost any exception
         raise DataError(
             f"load_data: {root / known.folder} is damaged or incomplete ({first_line(error)}). "
             f"Delete that folder and run again to download {name!r} anew, or put a whole copy at "
             f"{root / name}.npz."
         ) from error
-    return Raw(f"torchvision {known.dataset}", tuple(names), *splits)
+    return f"torchvision {known.dataset}", tuple(names), splits
 
 
 def _download(name: str) -> None:
@@ -229,5 +217,6 @@ def _folder(name: str, size: int | None) -> Raw:
     # Not by Path.expanduser, which fails in its own words where there is no such user.
     root = project_dir() / os.path.expanduser(name.removeprefix("folder:"))  # noqa: PTH111
     classes, splits = read_folder(root, size or 64)
-    held_out = [splits[split] for split in ("test", "val") if split in splits]
-    return Raw(f"folder {root.name}, {size or 64} px", classes, splits["train"], *held_out)
+    if "test" not in splits:
+        splits["test"] = splits.pop("val")
+    return f"folder {root.name}, {size or 64} px", classes, splits

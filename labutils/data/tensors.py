@@ -1,7 +1,6 @@
 """Data sets as tensors on the training device: splits, batches cut by index, augmentation.
 
-No DataLoader: a data set of this project fits the device, where cutting out a batch costs less than
-a worker's handing it over (the idea of https://github.com/KellerJordan/cifar10-airbench).
+No DataLoader: what fits the device is cut there (https://github.com/KellerJordan/cifar10-airbench).
 """
 
 from __future__ import annotations
