@@ -28,7 +28,7 @@ class DataError(RuntimeError):
 def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Arrays]]:
     """Class names, and the arrays of each split that is there.
 
-    root: train/, and val/ or test/ or both, each with the same folders of images, one a class.
+    root: train/, and val/ or test/ (else val/ is the test split), with the same folder for a class.
     size: side in pixels that images are scaled to; the centre of a longer side is cut out.
     Raises DataError for a tree of another form and for a file that cannot be decoded.
     """
@@ -46,12 +46,13 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
                 f"load_data: {root / split} has no image of the classes {', '.join(missing)}. Add "
                 f"some ({', '.join(SUFFIXES)}) or remove these folders from all splits."
             )
-    for split, tree in trees.items():
         labels = np.repeat(np.arange(len(classes)), [len(tree[name]) for name in classes])
         # Files come class by class; elsewhere the first images of a set are some of each class.
         order = np.random.default_rng(0).permutation(len(labels))
         images = _decode_all(root, [file for name in classes for file in tree[name]], size)
         splits[split] = images[order], labels[order]
+    if "test" not in splits:
+        splits["test"] = splits.pop("val")
     return tuple(classes), splits
 
 
@@ -79,8 +80,7 @@ def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
         return stored["images"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = np.stack(list(pool.map(lambda file: _decode(file, size), files)))
-    # Where it cannot be kept, decoding is done anew next time.
-    with suppress(OSError, NotImplementedError):
+    with suppress(OSError, NotImplementedError):  # then it is decoded anew next time
         cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cache.parent / ".lock", timeout=600):
             # Whoever wrote these files without holding the lock was killed.

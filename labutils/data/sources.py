@@ -19,10 +19,7 @@ from .synthetic import SETS, class_names, generate
 
 Raw = tuple[str, tuple[str, ...], dict[str, Arrays]]  # source, classes, arrays of each split
 
-CIFAR10_CLASSES = [
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-]
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 
 
 class _Known(NamedTuple):
@@ -60,7 +57,7 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
     elif name in KNOWN:
         load = _torchvision
     else:
-        names = ["digits", *KNOWN, *SETS]
+        names = [*EMBEDDED, *KNOWN]
         raise ValueError(
             f"load_data: unknown data set {name!r}.{suggestion(name, names)} Known: "
             f"{', '.join(names)}, folder:PATH, or any NAME without a slash for which "
@@ -93,9 +90,8 @@ def _generated(name: str, size: int | None) -> Raw:
     spec, splits = SETS[name], {}
     factor, rest = divmod(spec.side, size or spec.side)
     if rest:
-        raise ValueError(
-            f"load_data: image_size = {size} is no divisor of the {spec.side} pixels of {name}."
-        )
+        sides = f"the {spec.side} pixels of {name}"
+        raise ValueError(f"load_data: image_size = {size} is no divisor of {sides}.")
     for seed, (split, count) in enumerate({"train": spec.train, "test": spec.test}.items()):
         scenes = generate(name, count, seed)
         images, area = scenes.images, factor**2
@@ -118,8 +114,7 @@ def _npz(name: str, _) -> Raw:
     except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
         raise DataError(
             f"load_data: {path} cannot be read ({first_line(error)}). Replace or move it. Needed: "
-            "x_train, y_train, x_test, y_test: images uint8 [N, H, W] or [N, H, W, 1 or 3], labels "
-            "int [N]."
+            "x_train, y_train, x_test, y_test: images uint8 [N, H, W(, 1 or 3)], labels int [N]."
         ) from error
     return path.name, _names(path, splits["train"][1], splits["test"][1]), splits
 
@@ -133,9 +128,8 @@ def _checked(images: np.ndarray, labels: np.ndarray, split: str, limit: int = 2*
         raise ValueError(found)
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or images.size == 0:
         raise ValueError(found)
-    for label in (labels.min(), labels.max()):
-        if not 0 <= label < limit:
-            raise ValueError(f"y_{split} holds the label {label}")
+    if (bad := labels[(labels < 0) | (labels >= limit)]).size:
+        raise ValueError(f"y_{split} holds the label {bad[0]}")
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
 
 
@@ -152,9 +146,9 @@ def _names(path: Path, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
         names = [str(number) for number in range(len(np.unique(train)))]
     if (highest := int(max(train.max(), test.max()))) >= len(names):
         raise DataError(
-            f"load_data: {path} has labels up to {highest}, but {len(names)} classes have a name or,"
-            " without names, images in train. Number the classes from 0 on, or put a JSON list of "
-            f"all {highest + 1} names into {beside}."
+            f"load_data: {path} has labels up to {highest}, but {len(names)} classes have names. Put "
+            f"a JSON list of all {highest + 1} into {beside}, or, to need none, number the classes "
+            "from 0 on, each with images in train."
         )
     return tuple(names)
 
@@ -167,10 +161,9 @@ def _torchvision(name: str, size: int | None) -> Raw:
     try:
         if name == "imagenette":
             found = datasets.Imagenette(root, size="160px").classes
-            _, arrays = read_folder(root / known.folder, size or 128)
+            _, splits = read_folder(root / known.folder, size or 128)
             if len(found) != 10:
                 raise ValueError(f"{len(found)} of 10 classes")
-            splits = {"train": arrays["train"], "test": arrays["val"]}
             names = tuple(synonyms[0] for synonyms in found)
             return "torchvision Imagenette, 160 px variant", names, splits
         for split in ("train", "test"):
@@ -180,8 +173,7 @@ def _torchvision(name: str, size: int | None) -> Raw:
     except Exception as error:  # torchvision reports damage as almost any exception
         raise DataError(
             f"load_data: {root / known.folder} is damaged or incomplete ({first_line(error)}). "
-            f"Delete that folder and run again to download {name!r} anew, or put a whole copy at "
-            f"{root / name}.npz."
+            f"Delete that folder and run again, or put a whole copy at {root / name}.npz."
         ) from error
     return f"torchvision {known.dataset}", tuple(names), splits
 
@@ -217,6 +209,4 @@ def _folder(name: str, size: int | None) -> Raw:
     # Not by Path.expanduser, which fails in its own words where there is no such user.
     root = project_dir() / os.path.expanduser(name.removeprefix("folder:"))  # noqa: PTH111
     classes, splits = read_folder(root, size or 64)
-    if "test" not in splits:
-        splits["test"] = splits.pop("val")
     return f"folder {root.name}, {size or 64} px", classes, splits

@@ -6,15 +6,9 @@ import functools
 
 import numpy as np
 
-SHAPES = (
-    *("disc", "ring", "square", "triangle", "star"),
-    *("cross", "crescent", "heart", "arrow", "hourglass"),
-)
+SHAPES = "disc ring square triangle star cross crescent heart arrow hourglass".split()  # noqa: SIM905
 THINGS = ("bar", "pebble")  # what lies about: like no shape, so that it cannot be taken for one
-TEXTURES = (
-    *("plain", "striped", "checked", "dotted", "gridded"),
-    *("zigzag", "bricked", "speckled", "blotched", "shaded"),
-)
+TEXTURES = "plain striped checked dotted gridded zigzag bricked speckled blotched shaded".split()  # noqa: SIM905
 GRID, REACH = 256, 1.25  # a shape is a table of GRID x GRID cells, REACH radii from its middle
 TILE = 64  # side of a texture in cells; it repeats
 FULL = 128  # weight of a pixel that is covered whole: FULL times a difference of 255 fits int16

@@ -88,8 +88,8 @@ def generate(
 
 def class_names(name: str) -> tuple[str, ...]:
     """What the labels of a generated data set mean."""
-    pairs = tuple(f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES)
-    return pairs if SETS[name].textured else SHAPES
+    pairs = [f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES]
+    return tuple(pairs if SETS[name].textured else SHAPES)
 
 
 def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator):
@@ -178,18 +178,16 @@ def _between(rng: np.random.Generator, low, high, shape) -> np.ndarray:
     return low + (high - low) * rng.random(shape)
 
 
-def _lay(pose: _Pose, side: int, cells: float) -> tuple[np.ndarray, np.ndarray]:
+def _lay(pose: _Pose, side: int, cells: float) -> list[np.ndarray]:
     """Column and row of a table at every pixel, int32 [n, side, side]; cells make a radius."""
     scale = cells * 1024 / pose.radius
     middles = 16 * np.arange(side, dtype=np.int32) + 8
     x, y = middles - np.rint(16 * pose.centre).astype(np.int32)[:, :, None]
-
-    def axis(along_x: np.ndarray, along_y: np.ndarray) -> np.ndarray:
-        along_x, along_y = (np.rint(a).astype(np.int32)[:, None] for a in (along_x, along_y))
-        return (along_x * x)[:, None, :] + (along_y * y)[:, :, None] >> 14
-
-    cos, sin = pose.cos * scale, pose.sin * scale
-    return axis(cos * pose.stretch, sin * pose.stretch), axis(-sin, cos)
+    cos, sin, axes = pose.cos * scale, pose.sin * scale, []
+    for steps in ((cos * pose.stretch, sin * pose.stretch), (-sin, cos)):
+        along_x, along_y = (np.rint(step).astype(np.int32)[:, None] for step in steps)
+        axes.append((along_x * x)[:, None, :] + (along_y * y)[:, :, None] >> 14)
+    return axes
 
 
 def _look_up(tables: np.ndarray, kinds: np.ndarray, column, row) -> np.ndarray:
