@@ -93,9 +93,8 @@ def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Ten
 def blank(images: Tensor, centres: Tensor, side: int) -> Tensor:
     """Set a square of each image to 0, in place: cutout (https://arxiv.org/abs/1708.04552).
 
-    images: float [N, C, H, W], normalised, so that 0 is the mean pixel. centres: int64 [N, 2], row
-    and column. The square reaches from side // 2 pixels before its centre on; what lies beyond the
-    border is cut off. Returns images.
+    images: float [N, C, H, W], normalised, so that 0 is the mean pixel; they are returned.
+    centres: int64 [N, 2], row and column, side // 2 pixels from where the square starts.
     """
     inside = []
     for size, start in zip(images.shape[2:], (centres - side // 2).split(1, dim=1)):

@@ -73,8 +73,7 @@ def _image_files(split: Path) -> dict[str, list[Path]]:
 def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
     """The images of all files, from the cache if they did not change: uint8 [N, 3, size, size]."""
     read = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    key = digest([DECODING, read])
-    cache = data_dir() / "cache" / f"{root.name}-{size}px-{key}.npz"
+    cache = data_dir() / "cache" / f"{root.name}-{size}px-{digest([DECODING, read])}.npz"
     # NumPy reports damage as almost any exception; a damaged cache is made again.
     with suppress(Exception), np.load(cache, allow_pickle=False) as stored:
         return stored["images"]

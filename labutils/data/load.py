@@ -34,7 +34,7 @@ def load_data(
     val_size: images, or a fraction, cut from train unless the source has a val beside its test.
     subset: fraction of the remaining training images to keep. All cuts keep the class shares.
     seed: fixes which images go where; the cut is the same on every machine.
-    image_size: side in pixels, for folder:PATH, imagenette and the generated sets.
+    image_size: side in pixels, for folder:PATH, imagenette and, as a divisor, generated sets.
     Raises ValueError for bad arguments, DataError for missing or damaged data.
     """
     values = name, val_size, subset, seed, image_size
@@ -61,10 +61,9 @@ def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
     try:
         parts = train_test_split(numbers, test_size=size, stratify=labels, random_state=seed)
     except ValueError as error:
-        counts = np.unique_counts(labels).counts
+        classes = len(np.unique(labels))
         raise ValueError(
             f"load_data: {what} = {size!r} does not fit {len(labels):,} training images. Give a "
-            f"fraction in (0, 1) or {len(counts)} to {len(labels) - len(counts)} images; each class"
-            f" needs two (the smallest has {counts.min()})."
+            f"fraction in (0, 1) or {classes} to {len(labels) - classes} images, 2 for each class."
         ) from error
     return [(images[index], labels[index]) for index in map(np.sort, parts)]

@@ -22,9 +22,7 @@ Raw = tuple[str, tuple[str, ...], dict[str, Arrays]]  # source, classes, arrays 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 
 
-class _Known(NamedTuple):
-    """A data set that torchvision can download."""
-
+class _Known(NamedTuple):  # a data set that torchvision can download
     dataset: str  # class in torchvision.datasets
     folder: str  # what torchvision leaves under its root
     stand_in: str  # embedded data set that answers the same question
@@ -43,8 +41,7 @@ EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 def read(name: str, *, image_size: int | None = None) -> Raw:
     """Find a data set by name: embedded, an npz file, torchvision's files, torchvision's download.
 
-    image_size: side in pixels, 64 by default for folder:PATH, 128 for imagenette; for the generated
-        sets a divisor of the side that they are drawn with.
+    image_size: side in pixels, by default 64 for folder:PATH and 128 for imagenette.
     Raises ValueError for an unknown name, DataError for missing or damaged data.
     """
     npz = data_dir() / f"{name}.npz"
@@ -82,8 +79,7 @@ def _digits(name: str, _) -> Raw:
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     cut = train_test_split(images, labels, test_size=450, stratify=labels, random_state=0)
-    splits = {"train": cut[::2], "test": cut[1::2]}
-    return "scikit-learn load_digits", tuple("0123456789"), splits
+    return "scikit-learn load_digits", tuple("0123456789"), {"train": cut[::2], "test": cut[1::2]}
 
 
 def _generated(name: str, size: int | None) -> Raw:
@@ -146,9 +142,8 @@ def _names(path: Path, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
         names = [str(number) for number in range(len(np.unique(train)))]
     if (highest := int(max(train.max(), test.max()))) >= len(names):
         raise DataError(
-            f"load_data: {path} has labels up to {highest}, but {len(names)} classes have names. Put "
-            f"a JSON list of all {highest + 1} into {beside}, or, to need none, number the classes "
-            "from 0 on, each with images in train."
+            f"load_data: {path} has labels up to {highest}, but {len(names)} class names. Put a "
+            f"JSON list of all {highest + 1} into {beside}, or number the classes in train from 0 on."
         )
     return tuple(names)
 

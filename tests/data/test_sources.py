@@ -241,9 +241,7 @@ def test_a_class_without_a_training_image_needs_a_name(write_npz, train, test, n
     highest = max(train + test)
     path = write_npz(y_train=np.resize(train, 60), y_test=np.resize(test, 20))
     names = path.with_name("tiny_names.json")
-    wanted = (
-        rf"up to {highest}, but {named} classes have names. Put a JSON list of all {highest + 1} in"
-    )
+    wanted = rf"up to {highest}, but {named} class names. Put a JSON list of all {highest + 1} in"
     with pytest.raises(DataError, match=wanted) as caught:
         read("tiny")
     assert str(names) in str(caught.value)
@@ -257,9 +255,9 @@ def test_a_class_without_a_training_image_needs_a_name(write_npz, train, test, n
     [
         (
             '["cat", "dog"]',
-            "labels up to 2, but 2 classes have names. .* list of all 3 into",
+            "labels up to 2, but 2 class names. .* list of all 3 into",
         ),
-        ("[]", "0 classes have names"),
+        ("[]", "0 class names"),
         ("[0, 1, 2]", "not a JSON list of names"),
         ("[" * 100_000, "not a JSON list of names"),
         ("cat\ndog", "not a JSON list"),
