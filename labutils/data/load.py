@@ -64,6 +64,6 @@ def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
         classes = len(np.unique(labels))
         raise ValueError(
             f"load_data: {what} = {size!r} does not fit {len(labels):,} training images. Give a "
-            f"fraction in (0, 1) or {classes} to {len(labels) - classes} images, 2 for each class."
+            f"fraction in (0, 1) or {classes} to {len(labels) - classes} images; classes need two."
         ) from error
     return [(images[index], labels[index]) for index in map(np.sort, parts)]

@@ -121,7 +121,7 @@ def test_a_cut_that_does_not_fit_says_what_would():
         lab.load_data("digits", device="cpu", val_size=5)
     assert "a fraction in (0, 1) or 10 to 1337 images" in str(caught.value)
     for labels in ([0] * 20 + [1], [1, 0]):
-        with pytest.raises(ValueError, match=r"images, 2 for each class"):
+        with pytest.raises(ValueError, match=r"images; classes need two"):
             load_raw(labels + [0] * 9)
 
 
