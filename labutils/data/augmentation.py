@@ -28,7 +28,7 @@ def require_fit(augment: Augment, shape: Sequence[int]) -> None:
     side = min(shape[-2:])
     for name, largest in (("crop", side - 1), ("cutout", side)):
         if (value := getattr(augment, name)) > largest:
-            allowed = f"with images of {shape[-2]}x{shape[-1]} pixels. Choose 0 to {largest}."
+            allowed = f"with images of {shape[-2]}x{shape[-1]} pixels: choose at most {largest}."
             raise ValueError(f"Augment: {name} = {value} {allowed}")
 
 

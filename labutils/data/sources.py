@@ -143,7 +143,7 @@ def _names(path: Path, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
     if (highest := int(max(train.max(), test.max()))) >= len(names):
         raise DataError(
             f"load_data: {path} has labels up to {highest}, but {len(names)} class names. Put a "
-            f"JSON list of all {highest + 1} into {beside} or number the classes in train from 0 on."
+            f"JSON list of all {highest + 1} into {beside} or number the classes of train from 0."
         )
     return tuple(names)
 
