@@ -207,7 +207,7 @@ def test_images_that_are_too_small_are_named(setting, largest):
     split = numbered(20, 1, 6, 9)
     next(split.shuffled(4, seed=0, epoch=0, augment=Augment(**{setting: largest})))
     augment = Augment(**{setting: largest + 1})
-    wanted = f"Augment: {setting} = {largest + 1} with images of 6x9 pixels: choose at most {largest}"
+    wanted = f"Augment: {setting} = {largest + 1} with images of 6x9 pixels: .* at most {largest}"
     with pytest.raises(ValueError, match=wanted):
         next(split.shuffled(4, seed=0, epoch=0, augment=augment))
 
