@@ -1,8 +1,7 @@
 """Random changes of training images, made for whole batches on the device that holds them.
 
-Random numbers come from the CPU and depend on a key alone, so that a run that is resumed in the
-middle of an epoch sees the same images; so does every device, but for distortion, which is drawn
-for as many images at once as suit the device. `tensors` decides what is drawn when.
+Random numbers come from the CPU and depend on a key alone, so that a resumed run sees the same
+images; so does every device, but for distortion, drawn for as many images as suit the device.
 """
 
 from __future__ import annotations
@@ -24,25 +23,27 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def require_fit(augment: Augment, image_shape: Sequence[int]) -> None:
-    """Raise ValueError if images of shape (C, H, W) are too small for a setting."""
-    height, width = image_shape[-2:]
-    side = min(height, width)
+def require_fit(augment: Augment, shape: Sequence[int]) -> None:
+    """Raise ValueError if images of shape (..., H, W) are too small for a setting."""
+    side = min(shape[-2:])
     for name, largest in (("crop", side - 1), ("cutout", side)):
         if (value := getattr(augment, name)) > largest:
-            raise ValueError(
-                f"Augment: {name} = {value} with images of {height}x{width} pixels: it can be "
-                f"at most {largest}. Choose a smaller {name}, or 0 to leave it out."
-            )
+            allowed = f"with images of {shape[-2]}x{shape[-1]} pixels: choose at most {largest}."
+            raise ValueError(f"Augment: {name} = {value} {allowed}")
 
 
-def draw_flips(count: int, flip: str, seed: int, epoch: int) -> Tensor:
-    """Which of the images an epoch shows flipped: bool [count]. flip: as in Augment."""
-    if flip == "none":
-        return torch.zeros(count, dtype=torch.bool)
-    key = ("flip", seed, epoch) if flip == "random" else ("flip", seed)
-    drawn = torch.rand(count, generator=generator(*key)) < 0.5
-    return drawn if flip == "random" or epoch % 2 == 0 else ~drawn
+def draw(augment: Augment, shape: Sequence[int], seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """The flips, corners and centres of an epoch, as crop_and_flip and blank take them.
+
+    shape: of the images, (N, C, H, W). Raises ValueError if they are too small for a setting.
+    """
+    require_fit(augment, shape)
+    count, window, alternating = shape[0], 2 * augment.crop + 1, augment.flip == "alternating"
+    key = ("flip", seed) if alternating else ("flip", seed, epoch)
+    flips = torch.rand(count, generator=generator(*key)) < (0 if augment.flip == "none" else 0.5)
+    corners = draw_pixels(count, (window, window), "crop", seed, epoch)
+    centres = draw_pixels(count, shape[2:], "cutout", seed, epoch)
+    return flips ^ (alternating and epoch % 2 == 1), corners, centres
 
 
 def draw_pixels(count: int, sizes: Sequence[int], *key: int | str) -> Tensor:
@@ -56,38 +57,35 @@ def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, pad: int) -> T
 
     images: any dtype [N, C, H, W]. corners: int64 [N, 2], row and column of the window's corner in
     the padded image, 0 to 2 pad. flips: bool [N]. Returns the shape of images.
-    Nothing is padded in fact: one gather looks each pixel up, which takes less time and memory.
     """
-    (n, channels, height, width), device = images.shape, images.device
-    rows = _mirrored(height, pad, device)[corners[:, :1] + torch.arange(height, device=device)]
-    columns = _mirrored(width, pad, device)[corners[:, 1:] + torch.arange(width, device=device)]
+    # Nothing is padded in fact: one gather looks each pixel up, which takes less time and memory.
+    mirrored = []
+    for size, corner in zip(images.shape[2:], corners.split(1, dim=1)):
+        place = (torch.arange(-pad, size - pad, device=images.device) + corner).abs()
+        mirrored.append(size - 1 - (size - 1 - place).abs())
+    rows, columns = mirrored
     columns = torch.where(flips[:, None], columns.flip(1), columns)
-    pixels = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1)
-    return images.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
+    pixels = (rows[:, :, None] * images.shape[3] + columns[:, None, :]).flatten(1)[:, None]
+    return images.flatten(2).gather(2, pixels.expand(-1, images.shape[1], -1)).view_as(images)
 
 
 def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
     """Rotate, zoom and shift each image at random, bilinear, with its border continued.
 
-    images: float [N, C, H, W]; so is the result. Angle, zoom and both shifts are independent and
-    uniform.
+    images: float [N, C, H, W]; so is the result. The four draws are independent and uniform.
     """
     n, _, height, width = images.shape
-    draw = torch.rand(4, n, generator=generator).mul_(2).sub_(1)
-    draw = draw.to(images.device, non_blocking=True)
-    angle, zoom = draw[0] * math.radians(augment.rotate), 1 + draw[1] * augment.zoom
-    shift_x = draw[2] * (2 * augment.translate / width)
-    shift_y = draw[3] * (2 * augment.translate / height)
-    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    drawn = torch.rand(4, n, generator=generator).mul_(2).sub_(1)
+    turn, scale, right, down = drawn.to(images.device, non_blocking=True)
+    angle, zoom = turn * math.radians(augment.rotate), 1 + scale * augment.zoom
+    cos, sin, reach = angle.cos() / zoom, angle.sin() / zoom, 2 * augment.translate
     # Grid coordinates run from -1 to 1 on both axes, so a rotation scales by the aspect ratio.
-    row_x = torch.stack([cos, -sin * (height / width), shift_x], dim=1)
-    row_y = torch.stack([sin * (width / height), cos, shift_y], dim=1)
+    row_x = cos, -sin * (height / width), right * (reach / width)
+    row_y = sin * (width / height), cos, down * (reach / height)
     # One product for the whole batch; F.affine_grid makes one an image, ten times as slow.
-    pixels = F.affine_grid(
-        torch.eye(2, 3, device=images.device)[None], (1, 1, height, width), False
-    )
-    base = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=-1).view(-1, 3)
-    grid = torch.stack([row_x, row_y], dim=1).view(-1, 3) @ base.T
+    identity = torch.eye(2, 3, device=images.device)[None]
+    pixels = F.affine_grid(identity, (1, 1, height, width), align_corners=False).view(-1, 2)
+    grid = torch.stack([*row_x, *row_y], dim=1).view(-1, 3) @ F.pad(pixels, (0, 1), value=1.0).T
     grid = grid.view(n, 2, height, width).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -95,18 +93,11 @@ def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Ten
 def blank(images: Tensor, centres: Tensor, side: int) -> Tensor:
     """Set a square of each image to 0, in place: cutout (https://arxiv.org/abs/1708.04552).
 
-    images: float [N, C, H, W], normalised, so that 0 is the mean pixel. centres: int64 [N, 2], row
-    and column. The square reaches from side // 2 pixels before its centre on; what lies beyond the
-    border is cut off. Returns images.
+    images: float [N, C, H, W], normalised, so that 0 is the mean pixel; they are returned.
+    centres: int64 [N, 2], row and column, side // 2 pixels from where the square starts.
     """
     inside = []
     for size, start in zip(images.shape[2:], (centres - side // 2).split(1, dim=1)):
         offset = torch.arange(size, device=images.device) - start
         inside.append((offset >= 0) & (offset < side))
     return images.masked_fill_(inside[0][:, None, :, None] & inside[1][:, None, None, :], 0)
-
-
-def _mirrored(size: int, pad: int, device: torch.device) -> Tensor:
-    """For each row (or column) of the padded image, the row of the image that it mirrors."""
-    row = torch.arange(-pad, size + pad, device=device).abs()
-    return size - 1 - (size - 1 - row).abs()

@@ -28,34 +28,31 @@ class DataError(RuntimeError):
 def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Arrays]]:
     """Class names, and the arrays of each split that is there.
 
-    root: holds train/ and one or both of val/ and test/, each with the same folders, one a class.
-        Below them, files that end in one of SUFFIXES are images; others are ignored.
+    root: train/, and val/ or test/ (else val/ is the test split), with the same folder for a class.
     size: side in pixels that images are scaled to; the centre of a longer side is cut out.
     Raises DataError for a tree of another form and for a file that cannot be decoded.
     """
     found = [split for split in ("train", "val", "test") if (root / split).is_dir()]
-    trees = {split: _image_files(root / split) for split in found}
+    trees, splits = {split: _image_files(root / split) for split in found}, {}
     classes = sorted(set().union(*trees.values()))
     if "train" not in found or len(found) < 2 or not classes:
         raise DataError(
             f"load_data: {root} holds {', '.join(found) or 'none'} of train/, val/, test/. Needed: "
             "train/CLASS/IMAGE and the same under val/ or test/."
         )
-    files, splits, start = [], {}, 0
     for split, tree in trees.items():
         if missing := [name for name in classes if not tree.get(name)]:
             raise DataError(
                 f"load_data: {root / split} has no image of the classes {', '.join(missing)}. Add "
-                f"some ({', '.join(SUFFIXES)}) or remove the folders of the class from all splits."
+                f"some ({', '.join(SUFFIXES)}) or remove these folders from all splits."
             )
-        files += [file for of_class in tree.values() for file in of_class]
-    images = _decode_all(root, files, size)
-    for split, tree in trees.items():
-        labels = np.repeat(np.arange(len(tree)), [len(of_class) for of_class in tree.values()])
+        labels = np.repeat(np.arange(len(classes)), [len(tree[name]) for name in classes])
         # Files come class by class; elsewhere the first images of a set are some of each class.
         order = np.random.default_rng(0).permutation(len(labels))
-        splits[split] = images[start : start + len(labels)][order], labels[order]
-        start += len(labels)
+        images = _decode_all(root, [file for name in classes for file in tree[name]], size)
+        splits[split] = images[order], labels[order]
+    if "test" not in splits:
+        splits["test"] = splits.pop("val")
     return tuple(classes), splits
 
 
@@ -63,35 +60,29 @@ def _image_files(split: Path) -> dict[str, list[Path]]:
     """The image files of each class, in the order of torchvision's ImageFolder."""
     classes: dict[str, list[Path]] = {path.name: [] for path in sorted(split.glob("*/"))}
     # ** follows no links, which could lead in circles.
-    found = [(path.relative_to(split).parts[0], path) for path in split.glob("*/**/*")]
-    for name, path in sorted(found, key=lambda item: (item[0], str(item[1].parent), item[1].name)):
+    for path in sorted(split.glob("*/**/*"), key=lambda path: (str(path.parent), path.name)):
         is_image = path.name.lower().endswith(SUFFIXES)
         if is_image and path.is_file():
-            classes[name].append(path)
+            classes[path.relative_to(split).parts[0]].append(path)
         elif not path.is_file() and (path.is_symlink() or (is_image and not path.is_dir())):
-            raise DataError(
-                f"load_data: {path} is a link to a folder or to nothing, a pipe or a device. Put "
-                "files in its place or remove it; only the folder of a class may be a link."
-            )
+            what = "a link to a folder or to nothing, a pipe or a device"
+            raise DataError(f"load_data: {path} is {what}. Replace or remove it.")
     return classes
 
 
 def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
     """The images of all files, from the cache if they did not change: uint8 [N, 3, size, size]."""
-    stats = [(file, file.stat()) for file in files]
-    read = [(str(file.relative_to(root)), s.st_size, s.st_mtime_ns) for file, s in stats]
-    key = digest([DECODING, str(root.resolve()), read])
-    cache = data_dir() / "cache" / f"{root.name}-{size}px-{key}.npz"
+    read = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    cache = data_dir() / "cache" / f"{root.name}-{size}px-{digest([DECODING, read])}.npz"
     # NumPy reports damage as almost any exception; a damaged cache is made again.
     with suppress(Exception), np.load(cache, allow_pickle=False) as stored:
         return stored["images"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = np.stack(list(pool.map(lambda file: _decode(file, size), files)))
-    # Where it cannot be kept, decoding is done anew next time.
-    with suppress(OSError, NotImplementedError):
+    with suppress(OSError, NotImplementedError):  # then it is decoded anew next time
         cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cache.parent / ".lock", timeout=600):
-            # Only who holds the lock writes here: who wrote these files was killed.
+            # Whoever wrote these files without holding the lock was killed.
             for abandoned in cache.parent.glob(".*.tmp"):
                 abandoned.unlink()
             with atomic_write(cache) as target:
@@ -100,18 +91,13 @@ def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
 
 
 def _decode(path: Path, size: int) -> np.ndarray:
-    """One image file of any mode as uint8 [3, size, size]: scaled to fill, centre cut out.
-
-    16 bits of grey are divided by 257; of an animation, the first frame is taken.
-    """
+    """One image file of any mode (of an animation, the first frame) as uint8 [3, size, size]."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-                raise ValueError(
-                    "32 bits of grey, of which no file says what is white: use 8 or 16"
-                )
+                raise ValueError("32 bits of grey, of unknown white: use 8 or 16")
             image.draft("RGB", (size, size))
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255

@@ -13,13 +13,9 @@ from ..base.settings import PositiveInt, Seed, check
 from .sources import Arrays, read
 from .tensors import ImageData, Split, pixel_statistics
 
-_KINDS = {
-    "name": str,
-    "val_size": float,
-    "subset": Annotated[float, Field(gt=0, le=1)],
-    "seed": Seed,
-    "image_size": PositiveInt | None,
-}
+_SUBSET = Annotated[float, Field(gt=0, le=1)]
+_KINDS = {"name": str, "val_size": float, "subset": _SUBSET, "seed": Seed}
+_KINDS["image_size"] = PositiveInt | None
 
 
 def load_data(
@@ -34,30 +30,26 @@ def load_data(
     """Load a data set by name, cut off a validation split and put everything on the device.
 
     name: digits, shapes10, shapes100, scenes10 (embedded), mnist, cifar10, cifar100, imagenette,
-        folder:PATH (a tree train/CLASS/IMAGE plus val/ or test/), or NAME for a file
-        $LABUTILS_DATA/NAME.npz.
-    val_size: images, or a fraction, taken from train with equal class shares; unused where the
-        source has a val split beside its test split.
-    subset: fraction of the remaining training images to keep, with equal class shares.
+        NAME of $LABUTILS_DATA/NAME.npz, or folder:PATH (train/CLASS/IMAGE, and val/ or test/).
+    val_size: images, or a fraction, cut from train unless the source has a val beside its test.
+    subset: fraction of the remaining training images to keep. All cuts keep the class shares.
     seed: fixes which images go where; the cut is the same on every machine.
-    image_size: side in pixels, for folder:PATH, imagenette and, where it divides the side that they
-        are drawn with, the generated sets.
+    image_size: side in pixels, for folder:PATH, imagenette and, as a divisor, generated sets.
     Raises ValueError for bad arguments, DataError for missing or damaged data.
     """
     values = name, val_size, subset, seed, image_size
     check("load_data", _KINDS, dict(zip(_KINDS, values)))
     device = resolve_device(device)
-    raw = read(name, image_size=image_size)
-    train, val = raw.train, raw.val
-    if val is None:
-        train, val = _cut(train, val_size, seed, "val_size")
+    source, classes, splits = read(name, image_size=image_size)
+    if "val" not in splits:
+        splits["train"], splits["val"] = _cut(splits["train"], val_size, seed, "val_size")
     if subset < 1:
-        _, train = _cut(train, float(subset), seed, "subset")
-    statistics, splits = pixel_statistics(torch.from_numpy(train[0])), {}
-    for part, arrays in {"train": train, "val": val, "test": raw.test}.items():
+        _, splits["train"] = _cut(splits["train"], float(subset), seed, "subset")
+    statistics = pixel_statistics(torch.from_numpy(splits["train"][0]))
+    for part, arrays in splits.items():
         images, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
         splits[part] = Split(images, labels, *statistics)
-    return ImageData(name=name, source=raw.source, classes=raw.classes, **splits)
+    return ImageData(name, source, classes, **splits)
 
 
 def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
@@ -65,18 +57,13 @@ def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
     from sklearn.model_selection import train_test_split
 
     images, labels = arrays
+    numbers = np.arange(len(labels))
     try:
-        parts = train_test_split(
-            np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
-        )
+        parts = train_test_split(numbers, test_size=size, stratify=labels, random_state=seed)
     except ValueError as error:
-        classes, counts = np.unique(labels, return_counts=True)
-        most = len(labels) - len(classes)
-        advice = f"Give a fraction in (0, 1) or a number of images from {len(classes)} to {most}."
-        if counts.min() == 1:
-            advice = f"Class {classes[counts.argmin()]} has one image; each needs two at least."
+        classes = len(np.unique(labels))
         raise ValueError(
-            f"load_data: {what} = {size!r} does not fit {len(labels):,} training images in "
-            f"{len(classes)} classes. {advice}"
+            f"load_data: {what} = {size!r} does not fit {len(labels):,} training images. Give a "
+            f"fraction in (0, 1) or {classes} to {len(labels) - classes} images; classes need two."
         ) from error
     return [(images[index], labels[index]) for index in map(np.sort, parts)]

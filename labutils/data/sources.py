@@ -1,15 +1,13 @@
-"""Where images come from: files under LABUTILS_DATA, torchvision, a folder, or the package itself.
-
-Everything is returned as NumPy arrays; splitting and devices are the business of `load`.
-"""
+"""Where images come from: LABUTILS_DATA, torchvision, a folder or the package; NumPy arrays all."""
 
 from __future__ import annotations
 
 import os
 import socket
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -19,42 +17,23 @@ from ..base.settings import first_line, suggestion
 from .folder import Arrays, DataError, read_folder
 from .synthetic import SETS, class_names, generate
 
-CIFAR10_CLASSES = [
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-]
-IMAGENETTE_CLASSES = [  # in the order of their folders, n01440764 to n03888257
-    *("tench", "English springer", "cassette player", "chain saw", "church"),
-    *("French horn", "garbage truck", "gas pump", "golf ball", "parachute"),
-]
+Raw = tuple[str, tuple[str, ...], dict[str, Arrays]]  # source, classes, arrays of each split
+
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 
 
-@dataclass(frozen=True)
-class Raw:
-    """A data set as found. val is None where the source has none of its own."""
-
-    source: str
-    classes: tuple[str, ...]
-    train: Arrays
-    test: Arrays
-    val: Arrays | None = None
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A data set that torchvision can download."""
-
+class _Known(NamedTuple):  # a data set that torchvision can download
     dataset: str  # class in torchvision.datasets
     folder: str  # what torchvision leaves under its root
     stand_in: str  # embedded data set that answers the same question
-    classes: list[str] = field(default_factory=list)
+    classes: Sequence[str] = ()
 
 
 KNOWN = {
-    "mnist": _Known("MNIST", "MNIST", "digits", [str(digit) for digit in range(10)]),
+    "mnist": _Known("MNIST", "MNIST", "digits", "0123456789"),
     "cifar10": _Known("CIFAR10", "cifar-10-batches-py", "shapes10", CIFAR10_CLASSES),
     "cifar100": _Known("CIFAR100", "cifar-100-python", "shapes100"),
-    "imagenette": _Known("Imagenette", "imagenette2-160", "scenes10", IMAGENETTE_CLASSES),
+    "imagenette": _Known("Imagenette", "imagenette2-160", "scenes10"),
 }
 EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 
@@ -62,25 +41,30 @@ EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 def read(name: str, *, image_size: int | None = None) -> Raw:
     """Find a data set by name: embedded, an npz file, torchvision's files, torchvision's download.
 
-    image_size: side in pixels for `folder:PATH` (default 64), imagenette (default 128) and the
-        generated sets, where it has to divide the side that they are drawn with.
+    image_size: side in pixels, by default 64 for folder:PATH and 128 for imagenette.
     Raises ValueError for an unknown name, DataError for missing or damaged data.
     """
-    load = _LOADERS.get("folder:" if name.startswith("folder:") else name)
-    # A name with a slash would lead out of the folder.
-    if load not in (_digits, _generated, _folder) and Path(name).name == name:
-        load = _npz if os.path.isfile(_npz_path(name)) else load  # noqa: PTH113
-    if load is None:
-        names = ["digits", *KNOWN, *SETS]
+    npz = data_dir() / f"{name}.npz"
+    if name in EMBEDDED:
+        load = _generated if name in SETS else _digits
+    elif name.startswith("folder:"):
+        load = _folder
+    elif Path(name).name == name and os.path.isfile(npz):  # noqa: PTH113, no slash leads elsewhere
+        load = _npz
+    elif name in KNOWN:
+        load = _torchvision
+    else:
+        names = [*EMBEDDED, *KNOWN]
         raise ValueError(
-            f"load_data: unknown data set {name!r}.{suggestion(name, names)} "
-            f"Known: {', '.join(names)}, folder:PATH, "
-            f"or any NAME without a slash for which {data_dir()}/NAME.npz exists."
+            f"load_data: unknown data set {name!r}.{suggestion(name, names)} Known: "
+            f"{', '.join(names)}, folder:PATH, or any NAME without a slash for which "
+            f"{data_dir()}/NAME.npz exists."
         )
-    if image_size is not None and load not in (_generated, _folder, _imagenette):
+    sized = load is _folder or (load is not _npz and name in (*SETS, "imagenette"))
+    if image_size is not None and not sized:
         raise ValueError(
-            f"load_data: image_size = {image_size!r} has no effect on {name!r}. "
-            f"It is for imagenette, {', '.join(SETS)} and folder:PATH; leave it out."
+            f"load_data: image_size = {image_size!r} has no effect on {name!r}. Leave it out; it "
+            f"is for imagenette, {', '.join(SETS)} and folder:PATH."
         )
     try:
         return load(name, image_size)
@@ -95,56 +79,44 @@ def _digits(name: str, _) -> Raw:
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     cut = train_test_split(images, labels, test_size=450, stratify=labels, random_state=0)
-    classes = tuple(str(digit) for digit in range(10))
-    return Raw("scikit-learn load_digits", classes, (cut[0], cut[2]), (cut[1], cut[3]))
+    return "scikit-learn load_digits", tuple("0123456789"), {"train": cut[::2], "test": cut[1::2]}
 
 
 def _generated(name: str, size: int | None) -> Raw:
-    spec, splits = SETS[name], []
-    size = size or spec.side
-    factor = spec.side // size
-    if spec.side % size:
-        allowed = ", ".join(str(n) for n in range(1, spec.side + 1) if spec.side % n == 0)
-        raise ValueError(
-            f"load_data: image_size = {size} does not divide the {spec.side} pixels that {name} is "
-            f"drawn with. Choose one of {allowed}."
-        )
-    for seed, count in enumerate((spec.train, spec.test)):
+    spec, splits = SETS[name], {}
+    factor, rest = divmod(spec.side, size or spec.side)
+    if rest:
+        sides = f"the {spec.side} pixels of {name}"
+        raise ValueError(f"load_data: image_size = {size} is no divisor of {sides}.")
+    for seed, (split, count) in enumerate({"train": spec.train, "test": spec.test}.items()):
         scenes = generate(name, count, seed)
-        images = scenes.images
+        images, area = scenes.images, factor**2
         if factor > 1:
             squares = images.reshape(count, 3, size, factor, size, factor)
-            sums = squares.sum(axis=(3, 5), dtype=np.uint32)
             # In whole numbers, halves up, so that the bytes are the same on every machine.
-            images = ((sums + factor**2 // 2) // factor**2).astype(np.uint8)
-        splits.append((images, scenes.labels))
-    return Raw("labutils.synthetic", class_names(name), *splits)
-
-
-def _npz_path(name: str) -> Path:
-    return data_dir() / f"{name}.npz"
+            images = ((squares.sum((3, 5), np.uint32) + area // 2) // area).astype(np.uint8)
+        splits[split] = images, scenes.labels
+    return "labutils.synthetic", class_names(name), splits
 
 
 def _npz(name: str, _) -> Raw:
-    path = _npz_path(name)
+    path = data_dir() / f"{name}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            splits = [_checked(file[f"x_{s}"], file[f"y_{s}"], s) for s in ("train", "test")]
-        shapes = [images.shape[1:] for images, _ in splits]
+            splits = {s: _checked(file[f"x_{s}"], file[f"y_{s}"], s) for s in ("train", "test")}
+        shapes = [images.shape[1:] for images, _ in splits.values()]
         if shapes[0] != shapes[1]:
             raise ValueError(f"images [C, H, W] are {shapes[0]} in x_train, {shapes[1]} in x_test")
     except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
-        why = first_line(error).strip("'\"")  # a KeyError quotes
         raise DataError(
-            f"load_data: {path} cannot be read ({why}). Expected arrays x_train, y_train, x_test, "
-            "y_test: images uint8 [N, H, W] or [N, H, W, C] with 1 or 3 channels, labels whole "
-            "numbers [N]. Replace the file or move it away."
+            f"load_data: {path} cannot be read ({first_line(error)}). Replace or move it. Needed: "
+            "x_train, y_train, x_test, y_test: images uint8 [N, H, W(, 1 or 3)], labels int [N]."
         ) from error
-    return Raw(path.name, _names(name, *[labels for _, labels in splits]), *splits)
+    return path.name, _names(path, splits["train"][1], splits["test"][1]), splits
 
 
-def _checked(images: np.ndarray, labels: np.ndarray, split: str) -> Arrays:
-    """Images [N, C, H, W] and labels int64 [N]. Raises ValueError where they are no such thing."""
+def _checked(images: np.ndarray, labels: np.ndarray, split: str, limit: int = 2**31) -> Arrays:
+    """Images [N, C, H, W] and labels int64 [N], below limit. Raises ValueError for other arrays."""
     found = f"x_{split} is {images.dtype} {images.shape}, y_{split} {labels.dtype} {labels.shape}"
     images = images[..., None] if images.ndim == 3 else images
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
@@ -152,83 +124,63 @@ def _checked(images: np.ndarray, labels: np.ndarray, split: str) -> Arrays:
         raise ValueError(found)
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or images.size == 0:
         raise ValueError(found)
-    for label in (labels.min(), labels.max()):
-        if not 0 <= label < 2**31:
-            raise ValueError(f"y_{split} holds the label {label}")
+    if (bad := labels[(labels < 0) | (labels >= limit)]).size:
+        raise ValueError(f"y_{split} holds the label {bad[0]}")
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
 
 
-def _names(name: str, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
+def _names(path: Path, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
     """Names from NAME_names.json beside the file, from what is known, or plain numbers."""
-    beside = data_dir() / f"{name}_names.json"
-    names = KNOWN[name].classes if name in KNOWN else []
-    problem = f"{len(names)} class names are known for {name!r}"
+    beside = path.with_name(f"{path.stem}_names.json")
+    names = KNOWN[path.stem].classes if path.stem in KNOWN else ()
     if beside.exists():
         try:
             names = TypeAdapter(list[str]).validate_json(beside.read_bytes())
         except (ValueError, OSError) as error:
-            raise DataError(
-                f'load_data: {beside} is not a JSON list of names, such as ["cat", "dog"].'
-            ) from error
-        problem = f"{beside.name} holds {len(names)} names"
+            raise DataError(f"load_data: {beside} is not a JSON list of names.") from error
     elif not names:
-        present = np.unique(train).tolist()
-        missing = min(set(range(len(present) + 1)).difference(present))
-        names = [str(label) for label in range(missing)]
-        problem = f"no training image is of class {missing}"
+        names = [str(number) for number in range(len(np.unique(train)))]
     if (highest := int(max(train.max(), test.max()))) >= len(names):
         raise DataError(
-            f"load_data: {_npz_path(name)} has labels up to {highest}, but {problem}. Number the "
-            f"classes from 0 on, or put a JSON list of all {highest + 1} names into {beside}."
+            f"load_data: {path} has labels up to {highest}, but {len(names)} class names. Put a "
+            f"JSON list of all {highest + 1} into {beside} or number the classes of train from 0."
         )
     return tuple(names)
 
 
-def _torchvision(name: str, _) -> Raw:
+def _torchvision(name: str, size: int | None) -> Raw:
     from torchvision import datasets
 
-    known, splits = KNOWN[name], []
+    known, root, splits = KNOWN[name], data_dir(), {}
     _download(name)
     try:
+        if name == "imagenette":
+            found = datasets.Imagenette(root, size="160px").classes
+            _, splits = read_folder(root / known.folder, size or 128)
+            if len(found) != 10:
+                raise ValueError(f"{len(found)} of 10 classes")
+            names = tuple(synonyms[0] for synonyms in found)
+            return "torchvision Imagenette, 160 px variant", names, splits
         for split in ("train", "test"):
-            dataset = getattr(datasets, known.dataset)(data_dir(), train=split == "train")
-            splits.append(_checked(np.asarray(dataset.data), np.asarray(dataset.targets), split))
-            names = known.classes or dataset.classes
-            if (highest := splits[-1][1].max()) >= len(names):
-                raise ValueError(f"y_{split} holds the label {highest}")
-    # torchvision reports damage as almost any exception, AssertionError among them.
-    except Exception as error:
-        raise _damaged(name, first_line(error)) from error
-    return Raw(f"torchvision {known.dataset}", tuple(names), *splits)
-
-
-def _imagenette(name: str, size: int | None) -> Raw:
-    known = KNOWN[name]
-    _download(name)
-    folders, splits = read_folder(data_dir() / known.folder, size or 128)
-    if len(folders) != len(known.classes):
-        raise _damaged(name, f"{len(folders)} of {len(known.classes)} classes")
-    source = "torchvision Imagenette, 160 px variant"
-    return Raw(source, tuple(known.classes), splits["train"], splits["val"])
-
-
-def _damaged(name: str, why: str) -> DataError:
-    return DataError(
-        f"load_data: {data_dir() / KNOWN[name].folder} is damaged or incomplete ({why}). "
-        f"Delete that folder and run again to download {name!r} anew, "
-        f"or put a whole copy at {_npz_path(name)}."
-    )
+            dataset = getattr(datasets, known.dataset)(root, train=split == "train")
+            names, arrays = known.classes or dataset.classes, (dataset.data, dataset.targets)
+            splits[split] = _checked(*map(np.asarray, arrays), split, len(names))
+    except Exception as error:  # torchvision reports damage as almost any exception
+        raise DataError(
+            f"load_data: {root / known.folder} is damaged or incomplete ({first_line(error)}). "
+            f"Delete that folder and run again, or put a whole copy at {root / name}.npz."
+        ) from error
+    return f"torchvision {known.dataset}", tuple(names), splits
 
 
 def _download(name: str) -> None:
     """Fetch what is not there, into a temporary folder, and move the result when it is whole."""
     from torchvision import datasets
 
-    known, root = KNOWN[name], data_dir()
+    known, root, timeout = KNOWN[name], data_dir(), socket.getdefaulttimeout()
     if (root / known.folder).exists():
         return
     options = {"size": "160px"} if name == "imagenette" else {}
-    timeout = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)
@@ -237,9 +189,8 @@ def _download(name: str) -> None:
             Path(temporary, known.folder).replace(root / known.folder)
     except Exception as error:  # a proxy that answers in its own words is no OSError
         raise DataError(
-            f"load_data: {name!r} is not on disk and could not be downloaded "
-            f"({first_line(error)}).\n"
-            f"Looked for: {_npz_path(name)}, then {root / known.folder}.\n"
+            f"load_data: {name!r} is not on disk and could not be downloaded: {first_line(error)}\n"
+            f"Looked for: {root / name}.npz, then {root / known.folder}.\n"
             "Three ways to get it: 1. connect to the network and run again; "
             f"2. copy {name}.npz (x_train, y_train, x_test, y_test) into {root}; "
             "3. set LABUTILS_DATA to a folder that holds it.\n"
@@ -252,17 +203,5 @@ def _download(name: str) -> None:
 def _folder(name: str, size: int | None) -> Raw:
     # Not by Path.expanduser, which fails in its own words where there is no such user.
     root = project_dir() / os.path.expanduser(name.removeprefix("folder:"))  # noqa: PTH111
-    size = size or 64
-    classes, splits = read_folder(root, size)
-    test = splits.get("test") or splits["val"]
-    val = splits.get("val") if "test" in splits else None
-    return Raw(f"folder {root.name}, {size} px", classes, splits["train"], test, val)
-
-
-_LOADERS = {  # each takes a name and an image size
-    "digits": _digits,
-    **dict.fromkeys(SETS, _generated),
-    **dict.fromkeys(KNOWN, _torchvision),
-    "imagenette": _imagenette,
-    "folder:": _folder,
-}
+    classes, splits = read_folder(root, size or 64)
+    return f"folder {root.name}, {size or 64} px", classes, splits

@@ -1,7 +1,4 @@
-"""Tables that generated images are cut from: outlines of shapes, and textures.
-
-The same on every machine; how is said in `synthetic`, which lays them over images.
-"""
+"""Tables that `synthetic` cuts images from: outlines of shapes, and textures."""
 
 from __future__ import annotations
 
@@ -9,15 +6,9 @@ import functools
 
 import numpy as np
 
-SHAPES = (
-    *("disc", "ring", "square", "triangle", "star"),
-    *("cross", "crescent", "heart", "arrow", "hourglass"),
-)
+SHAPES = "disc ring square triangle star cross crescent heart arrow hourglass".split()  # noqa: SIM905
 THINGS = ("bar", "pebble")  # what lies about: like no shape, so that it cannot be taken for one
-TEXTURES = (
-    *("plain", "striped", "checked", "dotted", "gridded"),
-    *("zigzag", "bricked", "speckled", "blotched", "shaded"),
-)
+TEXTURES = "plain striped checked dotted gridded zigzag bricked speckled blotched shaded".split()  # noqa: SIM905
 GRID, REACH = 256, 1.25  # a shape is a table of GRID x GRID cells, REACH radii from its middle
 TILE = 64  # side of a texture in cells; it repeats
 FULL = 128  # weight of a pixel that is covered whole: FULL times a difference of 255 fits int16
@@ -49,6 +40,7 @@ def distances() -> np.ndarray:
     dents = [(0.247, -0.340), (0.399, 0.130), (0, 0.42), (-0.399, 0.130), (-0.247, -0.340)]
     head, shaft = [(0.2, -0.75), (1, 0), (0.2, 0.75)], [(-0.95, 0.28), (-0.95, -0.28)]
     point = polygon((0, 0.95), (-0.8, -0.01), (-0.43, -0.3), (0.43, -0.3), (0.8, -0.01))
+    pebble = [(-0.9, -0.1), (-0.4, -0.7), (0.3, -0.6), (0.9, 0.05), (0.5, 0.7), (-0.3, 0.5)]
     tables = {
         "disc": disc(0, 0, 0.88),
         "ring": 0.21 - abs(disc(0, 0, 0.74)),
@@ -61,9 +53,7 @@ def distances() -> np.ndarray:
         "arrow": polygon(*head, (0.2, 0.28), *shaft, (0.2, -0.28)),
         "hourglass": polygon((-0.75, -0.85), (0.75, -0.85), (-0.75, 0.85), (0.75, 0.85)),
         "bar": box(1, 0.2),
-        "pebble": polygon(
-            (-0.9, -0.1), (-0.4, -0.7), (0.3, -0.6), (0.9, 0.05), (0.5, 0.7), (-0.3, 0.5)
-        ),
+        "pebble": polygon(*pebble),
     }
     stacked = np.stack([tables[name] for name in (*SHAPES, *THINGS)])
     return np.rint(stacked * 1024).astype(np.int16)
@@ -74,10 +64,8 @@ def tiles() -> np.ndarray:
     """Share of the second colour: int16 [10, TILE, TILE], 0..FULL."""
     y, x = np.mgrid[:TILE, :TILE]
     rng = np.random.Generator(np.random.PCG64(0))
-    specks, blots = (
-        rng.integers(0, 2, (TILE // size, TILE // size)).repeat(size, 0).repeat(size, 1)
-        for size in (8, 16)
-    )
+    specks = np.kron(rng.integers(0, 2, (8, 8)), np.ones((8, 8), int))
+    blots = np.kron(rng.integers(0, 2, (4, 4)), np.ones((16, 16), int))
     patterns = {
         "plain": 0 * x,
         "striped": x // 16 % 2,

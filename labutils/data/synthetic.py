@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from ..base.settings import PositiveInt, Seed, check, suggestion
+from ..base.settings import PositiveInt, Seed, check
 from .stencils import FULL, GRID, REACH, SHAPES, TEXTURES, THINGS, TILE, distances, tiles
 
 
@@ -23,7 +23,7 @@ class Scenes:
 
     images: uint8 [N, 3, H, W]. labels: int64 [N], places in classes.
     masks: bool [N, H, W], the pixels that the visible part of the object fills by half or more.
-    backgrounds: int64 [N] in 0..9, the kind of background; a shortcut gives class k the kind k.
+    backgrounds: int64 [N] in 0..9, the kind of background; a shortcut gives shape k the kind k.
     """
 
     images: np.ndarray
@@ -56,27 +56,26 @@ TINTS = np.array(
     ]
 )
 CLUTTER, OCCLUDERS = 3, 2  # things behind the object, and in front of it
+Agreement = Literal["kept", "removed", "reversed"]
+_KINDS = {"name": Literal[*SETS], "count": PositiveInt, "seed": Seed}
+_KINDS |= {"shortcut": Annotated[float, Field(ge=0, le=1)], "agreement": Agreement}
 
 
 def generate(
-    name: str,
-    count: int,
-    seed: int = 0,
-    *,
-    shortcut: float | None = None,
-    agreement: Literal["kept", "removed", "reversed"] = "kept",
+    name: str, count: int, seed: int = 0, *, shortcut: float = 0.1, agreement: Agreement = "kept"
 ) -> Scenes:
     """Draw images of a generated data set; image i shows class i modulo the number of classes.
 
     name: shapes10, shapes100 (shape x texture), both 32x32, or scenes10, 96x96.
     seed: fixes the images; a larger count adds to them. load_data trains on 0 and tests on 1.
-    shortcut: for scenes10, the probability that the background is the one of the object's class.
-        None: the background is independent of the class.
-    agreement: what has become of the shortcut: kept, removed (background independent of the
-        class) or reversed (always that of another class). All but the background stays the same.
+    shortcut: the probability that the background is the one of the object's shape. With 0.1 it is
+        independent of the shape, which is one of ten.
+    agreement: what became of the shortcut: kept, removed (background independent of the shape) or
+        reversed (always that of another shape). Nothing else changes.
     Raises ValueError for bad arguments.
     """
-    share = _check_arguments(name, count, seed, shortcut, agreement)
+    check("generate", _KINDS, dict(zip(_KINDS, (name, count, seed, shortcut, agreement))))
+    share = {"kept": shortcut, "removed": 0.1, "reversed": 0.0}[agreement]
     spec, classes = SETS[name], class_names(name)
     labels = np.arange(count, dtype=np.int64) % len(classes)
     blocks, at_once = [], 2**16 // spec.side**2  # so many that arrays stay in the cache
@@ -89,34 +88,8 @@ def generate(
 
 def class_names(name: str) -> tuple[str, ...]:
     """What the labels of a generated data set mean."""
-    pairs = tuple(f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES)
-    return pairs if SETS[name].textured else SHAPES
-
-
-def _check_arguments(name, count, seed, shortcut, agreement) -> float:
-    """The probability that the background is the one of the object's class."""
-    probability = Annotated[float, Field(ge=0, le=1)]
-    kinds = {"name": str, "count": PositiveInt, "seed": Seed, "shortcut": probability | None}
-    kinds["agreement"] = Literal["kept", "removed", "reversed"]
-    check("generate", kinds, dict(zip(kinds, (name, count, seed, shortcut, agreement))))
-    if name not in SETS:
-        raise ValueError(
-            f"generate: unknown data set {name!r}.{suggestion(name, SETS)} "
-            f"Known: {', '.join(SETS)}."
-        )
-    if shortcut is None and agreement != "kept":
-        raise ValueError(
-            f"generate: agreement = {agreement!r} means nothing without a shortcut. "
-            "Give shortcut, a probability in [0, 1], or leave agreement out."
-        )
-    if shortcut is not None and name != "scenes10":
-        raise ValueError(
-            f"generate: shortcut = {shortcut!r} has no effect on {name!r}. "
-            "It is for scenes10; leave it out."
-        )
-    independent = 0.1  # of the class, which is one of ten
-    kept = independent if shortcut is None else shortcut
-    return {"kept": kept, "removed": independent, "reversed": 0.0}[agreement]
+    pairs = [f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES]
+    return tuple(pairs if SETS[name].textured else SHAPES)
 
 
 def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator):
@@ -128,7 +101,6 @@ def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator
     backgrounds = np.where(rng.random(n) < share, shapes, others)
     sign = np.where(rng.random(n) < 0.5, 1, -1)  # an object lighter or darker than its surroundings
     light = 128 - sign * _between(rng, 0, 50, n)
-
     tint, depth = TINTS[backgrounds] + rng.integers(-12, 13, (n, 3)), _between(rng, 6, 15, n)
     pose = _pose(rng, _between(rng, 0.28, 0.42, n) * side, 0, side)
     pair = _rgb(light - depth, tint), _rgb(light + depth, tint)
@@ -206,18 +178,16 @@ def _between(rng: np.random.Generator, low, high, shape) -> np.ndarray:
     return low + (high - low) * rng.random(shape)
 
 
-def _lay(pose: _Pose, side: int, cells: float) -> tuple[np.ndarray, np.ndarray]:
+def _lay(pose: _Pose, side: int, cells: float) -> list[np.ndarray]:
     """Column and row of a table at every pixel, int32 [n, side, side]; cells make a radius."""
     scale = cells * 1024 / pose.radius
     middles = 16 * np.arange(side, dtype=np.int32) + 8
     x, y = middles - np.rint(16 * pose.centre).astype(np.int32)[:, :, None]
-
-    def axis(along_x: np.ndarray, along_y: np.ndarray) -> np.ndarray:
-        along_x, along_y = (np.rint(a).astype(np.int32)[:, None] for a in (along_x, along_y))
-        return (along_x * x)[:, None, :] + (along_y * y)[:, :, None] >> 14
-
-    cos, sin = pose.cos * scale, pose.sin * scale
-    return axis(cos * pose.stretch, sin * pose.stretch), axis(-sin, cos)
+    cos, sin, axes = pose.cos * scale, pose.sin * scale, []
+    for steps in ((cos * pose.stretch, sin * pose.stretch), (-sin, cos)):
+        along_x, along_y = (np.rint(step).astype(np.int32)[:, None] for step in steps)
+        axes.append((along_x * x)[:, None, :] + (along_y * y)[:, :, None] >> 14)
+    return axes
 
 
 def _look_up(tables: np.ndarray, kinds: np.ndarray, column, row) -> np.ndarray:
@@ -228,9 +198,8 @@ def _look_up(tables: np.ndarray, kinds: np.ndarray, column, row) -> np.ndarray:
 
 def _coverage(kinds: np.ndarray, pose: _Pose, side: int) -> np.ndarray:
     """How much of each pixel a shape covers: int16 [n, 1, side, side], 0..FULL."""
-    column, row = (
-        (axis + GRID // 2).clip(0, GRID - 1) for axis in _lay(pose, side, GRID / 2 / REACH)
-    )
+    half = GRID // 2
+    column, row = ((axis + half).clip(0, GRID - 1) for axis in _lay(pose, side, half / REACH))
     radius = np.rint(16 * pose.radius).astype(np.int32)[:, None, None]
     distance = _look_up(distances(), kinds, column, row) * radius >> 7  # in 1/FULL pixels
     return (distance + FULL // 2).clip(0, FULL).astype(np.int16)[:, None]

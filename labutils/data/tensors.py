@@ -1,22 +1,24 @@
 """Data sets as tensors on the training device: splits, batches cut by index, augmentation.
 
-There is no DataLoader: a data set of this project fits the device, and cutting a batch out of a
-tensor costs less than handing one over from a worker (the idea of
-https://github.com/KellerJordan/cifar10-airbench).
+No DataLoader: what fits the device is cut there (https://github.com/KellerJordan/cifar10-airbench).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from ..base.settings import Augment
-from . import augmentation
+from .augmentation import blank, crop_and_flip, distort, draw, generator
+
+Batches = Iterator[tuple[Tensor, Tensor]]  # images float32 [n, C, H, W], normalised; labels [n]
+PLAIN = Augment()
 
 
 @dataclass(frozen=True)
@@ -50,76 +52,40 @@ class Split:
         last_is_single = len(self) % batch_size == 1 and len(self) > 1
         return math.ceil(len(self) / batch_size) - last_is_single
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in their order, normalised: (float32 [n, C, H, W], int64 [n])."""
+    def batches(self, batch_size: int) -> Batches:
+        """All images in their order."""
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size)):
             yield self.normalise(images), labels
 
     def shuffled(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        start: int = 0,
-        augment: Augment | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, augment: Augment = PLAIN
+    ) -> Batches:
         """The batches of one training epoch, from batch number `start` on.
 
-        Yields images, float32 [n, C, H, W], and labels, int64 [n]. They depend on seed and epoch
-        alone, so that a run can be resumed within an epoch. A last batch of a single image is left
-        out: batch normalisation has nothing to normalise there.
-        augment.flip: 'random' flips half of the images, drawn anew every epoch; 'alternating' draws
-        once and then flips what it did not flip the epoch before, so that two epochs show every
-        image both ways (https://arxiv.org/abs/2404.00498).
+        They depend on seed and epoch alone, so that a run can be resumed within an epoch. A last
+        batch of one image is left out: batch normalisation has nothing to normalise there.
+        augment.flip: 'random' draws half of the images anew every epoch; 'alternating' draws once,
+        so that two epochs show every image both ways (https://arxiv.org/abs/2404.00498).
         Raises ValueError if the images are too small for augment.crop or augment.cutout.
         """
-        augment = augment or Augment()
-        augmentation.require_fit(augment, self.images.shape)
-        num_batches = self.num_batches(batch_size)
-        order = torch.randperm(len(self), generator=augmentation.generator(seed, epoch))
-        order = order.to(self.images.device)[: num_batches * batch_size]
+        count, device, num_batches = len(self), self.images.device, self.num_batches(batch_size)
+        order = torch.randperm(count, generator=generator(seed, epoch))[: num_batches * batch_size]
+        # For the whole epoch at once: these depend on the image alone, and no GPU waits for them.
+        drawn = draw(augment, self.images.shape, seed, epoch)
+        order, flips, corners, centres = (tensor.to(device) for tensor in (order, *drawn))
         group = _batches_at_once(self.images, batch_size)
-        change = _changes(self, augment, seed, epoch)
         for first in range(start // group * group, num_batches, group):
             index = order[first * batch_size : (first + group) * batch_size]
-            images = change(index, first)
+            images = self.images.index_select(0, index)
+            if augment.crop or augment.flip != "none":
+                images = crop_and_flip(images, corners[index], flips[index], augment.crop)
+            images = self.normalise(images)
+            if augment.rotate or augment.translate or augment.zoom:
+                images = distort(images, augment, generator(seed, epoch, first))
+            if augment.cutout:
+                images = blank(images, centres[index], augment.cutout)
             batches = zip(images.split(batch_size), self.labels[index].split(batch_size))
-            for number, batch in enumerate(batches, first):
-                if number >= start:
-                    yield batch
-
-
-def _changes(
-    split: Split, augment: Augment, seed: int, epoch: int
-) -> Callable[[Tensor, int], Tensor]:
-    """What an epoch makes of images: a function of their numbers and that of their first batch.
-
-    Crops, flips and holes are drawn for the whole epoch at once: they depend on the image, not on
-    how many batches are prepared together, and a GPU is not kept waiting for them.
-    """
-    count, device, size = len(split), split.images.device, split.images.shape[2:]
-    moves = augment.crop or augment.flip != "none"
-    if moves:
-        window = 2 * [2 * augment.crop + 1]
-        flips = augmentation.draw_flips(count, augment.flip, seed, epoch).to(device)
-        corners = augmentation.draw_pixels(count, window, "crop", seed, epoch).to(device)
-    if augment.cutout:
-        centres = augmentation.draw_pixels(count, size, "cutout", seed, epoch).to(device)
-
-    def change(index: Tensor, first: int) -> Tensor:
-        images = split.images.index_select(0, index)
-        if moves:
-            images = augmentation.crop_and_flip(images, corners[index], flips[index], augment.crop)
-        images = split.normalise(images)
-        if augment.rotate or augment.translate or augment.zoom:
-            source = augmentation.generator(seed, epoch, first)
-            images = augmentation.distort(images, augment, source)
-        if augment.cutout:
-            images = augmentation.blank(images, centres[index], augment.cutout)
-        return images
-
-    return change
+            yield from islice(batches, max(0, start - first), None)
 
 
 @dataclass(frozen=True)
@@ -137,8 +103,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that name images, labels, classes and the cut as they are now.
 
-        Computed when it is asked for, and again after a change in place, but not after one through
-        .numpy() or .data, which PyTorch does not count.
+        Changes through .numpy() or .data go unseen: PyTorch does not count them.
         """
         splits = self.train, self.val, self.test
         tensors = [tensor for split in splits for tensor in (split.images, split.labels)]
@@ -159,16 +124,13 @@ class ImageData:
 
     @property
     def num_features(self) -> int:
-        """Length of a flattened image."""
         return math.prod(self.image_shape)
 
     def __str__(self) -> str:
         sizes = f"{len(self.train):,} train, {len(self.val):,} val, {len(self.test):,} test"
-        shape = "x".join(str(size) for size in self.image_shape)
-        return (
-            f"{self.name} from {self.source}: {sizes} images of {shape}, "
-            f"{self.num_classes} classes, fingerprint {self.fingerprint}"
-        )
+        images = f"{sizes} images of {'x'.join(map(str, self.image_shape))}"
+        facts = f"{self.num_classes} classes, fingerprint {self.fingerprint}"
+        return f"{self.name} from {self.source}: {images}, {facts}"
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -178,13 +140,13 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     """
     counts = 0  # [C, 256]
     for piece in _pieces(images):
-        channels = piece.transpose(0, 1).flatten(1)
+        channels = piece.byte().transpose(0, 1).flatten(1)
         counts += torch.stack([channel.bincount(minlength=256) for channel in channels])
     n, values = max(1, int(counts[0].sum())), torch.arange(256)
     sums, squares = ((counts * values**power).sum(1).tolist() for power in (1, 2))
-    mean = tuple(total / n / 255 for total in sums)
     variances = (n * square - total**2 for total, square in zip(sums, squares))
-    return mean, tuple(math.sqrt(variance) / n / 255 or 1.0 for variance in variances)
+    std = tuple(math.sqrt(variance) / n / 255 or 1.0 for variance in variances)
+    return tuple(total / n / 255 for total in sums), std
 
 
 def _fingerprint(classes: Sequence[str], splits: Sequence[Split]) -> str:
@@ -196,17 +158,15 @@ def _fingerprint(classes: Sequence[str], splits: Sequence[Split]) -> str:
                 hasher.update(piece.view(-1).view(torch.uint8).numpy())
         dtypes = split.images.dtype, split.labels.dtype
         formats.append((*dtypes, tuple(split.mean), tuple(split.std)))
-    dtypes, statistics = {item[:2] for item in formats}, {item[2:] for item in formats}
     # What is as load_data makes it adds nothing: published runs were named without it.
-    usual = dtypes == {(torch.uint8, torch.int64)}
-    if not usual or statistics != {pixel_statistics(splits[0].images)}:
+    if set(formats) != {(torch.uint8, torch.int64, *pixel_statistics(splits[0].images))}:
         hasher.update(repr(formats).encode())
     return hasher.hexdigest()[:12]
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor in consecutive parts of at most 16 MB, each contiguous on the CPU."""
-    for piece in tensor.detach().split(max(1, 2**24 // max(1, tensor[:1].nbytes))):
+    for piece in tensor.split(max(1, 2**24 // max(1, tensor[:1].nbytes))):
         yield piece.cpu().contiguous()
 
 

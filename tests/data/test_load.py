@@ -14,7 +14,12 @@ from PIL import Image
 
 import labutils as lab
 from labutils.base.files import data_dir
-from labutils.data.sources import Raw
+
+
+def made_up(name, classes, train, test, **others):
+    """A data set as sources.read returns it."""
+    return name, classes, {"train": train, "test": test} | others
+
 
 REAL_DATA = data_dir()  # before the fixtures redirect it
 
@@ -24,7 +29,7 @@ def load_raw(labels, **options) -> lab.ImageData:
     labels = np.asarray(labels, dtype=np.int64)
     number = np.arange(len(labels), dtype="<u2").view(np.uint8).reshape(-1, 1, 1, 2)
     classes = tuple(str(label) for label in range(labels.max() + 1))
-    raw = Raw("made up", classes, (number[:-9], labels[:-9]), (number[-9:], labels[-9:]))
+    raw = made_up("made up", classes, (number[:-9], labels[:-9]), (number[-9:], labels[-9:]))
     with mock.patch("labutils.data.load.read", return_value=raw):
         return lab.load_data("made-up", device="cpu", **options)
 
@@ -112,21 +117,20 @@ def test_a_bad_cut_is_named_with_its_value(options):
 
 
 def test_a_cut_that_does_not_fit_says_what_would():
-    with pytest.raises(ValueError, match=r"val_size = 5 does not fit 1,347 .* in 10 classes") as e:
+    with pytest.raises(ValueError, match=r"val_size = 5 does not fit 1,347 ") as caught:
         lab.load_data("digits", device="cpu", val_size=5)
-    assert "a fraction in (0, 1) or a number of images from 10 to 1337" in str(e.value)
+    assert "a fraction in (0, 1) or 10 to 1337 images" in str(caught.value)
     for labels in ([0] * 20 + [1], [1, 0]):
-        with pytest.raises(
-            ValueError, match=r"Class [01] has one image; each needs two at le"
-        ) as e:
+        with pytest.raises(ValueError, match=r"images; classes need two"):
             load_raw(labels + [0] * 9)
-        assert "from" not in str(e.value)
 
 
 def test_a_source_with_its_own_val_split_keeps_it():
     images, labels = np.arange(40, dtype=np.uint8).reshape(-1, 1, 1, 1), np.arange(40) % 2
     parts = {"train": slice(0, 20), "val": slice(20, 30), "test": slice(30, 40)}
-    raw = Raw("r", ("a", "b"), **{key: (images[cut], labels[cut]) for key, cut in parts.items()})
+    raw = made_up(
+        "r", ("a", "b"), **{key: (images[cut], labels[cut]) for key, cut in parts.items()}
+    )
     with mock.patch("labutils.data.load.read", return_value=raw):
         loaded = lab.load_data("r", device="cpu", val_size=4)
     for key, cut in parts.items():
@@ -147,7 +151,7 @@ def test_statistics_are_those_of_the_training_pixels(write_npz):
 
 def test_a_channel_without_variation_stays_finite():
     constant = np.arange(256, dtype=np.uint8)[None, :, None, None].repeat(40, 0).repeat(7, 3)
-    raw = Raw("constant", ("a", "b"), *[(constant, np.arange(40) % 2)] * 2)
+    raw = made_up("constant", ("a", "b"), *[(constant, np.arange(40) % 2)] * 2)
     with mock.patch("labutils.data.load.read", return_value=raw):
         train = lab.load_data("constant", device="cpu").train
     assert set(train.std) == {1.0}
