@@ -264,7 +264,7 @@ def _describe(model, data, config, name, track) -> Run:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    key = run_key(config, spec, weights, data)
+    key = run_key(config, spec, weights, data.fingerprint)
     return Run(name=name, key=key, info=info, rows=[], path=runs_dir(), model=model, track=track)
 
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -365,8 +364,8 @@ def test_published_runs_are_found_by_what_they_computed():
         card = cards.read(path)
         info = card["info"]
         config = config_of(info["config"])
-        data = SimpleNamespace(fingerprint=info["data"]["fingerprint"])
-        assert run_key(config, info["model"], info.get("weights", "seed"), data) == card["key"]
+        weights, fingerprint = info.get("weights", "seed"), info["data"]["fingerprint"]
+        assert run_key(config, info["model"], weights, fingerprint) == card["key"]
         assert path.stem == f"{card['name']}-{card['key']}"
         assert lab.num_parameters(lab.build(info["model"])) == info["parameters"]
         assert card["command"].startswith("python -m labutils run ")
