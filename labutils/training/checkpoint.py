@@ -64,10 +64,7 @@ class TrainingState:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take note of a batch. All values stay on the device, so that nothing waits for it.
-
-        loss: mean over the batch. logits [n, num_classes]. labels int64 [n].
-        """
+        """Take note of a batch and its mean loss, on the device: nothing waits for it."""
         self.batch += 1
         self.images += len(labels)
         self.uncounted.append((loss.detach() * len(labels), logits.detach(), labels))
@@ -129,34 +126,27 @@ def load(path: Path, key: str, state: TrainingState, device: torch.device) -> No
     """Bring the state and torch's random numbers to where `save` found them.
 
     Raises RunError if the file is damaged, belongs to another run or model, or was made on another
-    kind of device or in another precision.
+    kind of device or in another precision, where the bits would be others.
     """
-    advice = f"Remove {path.parent} to start this run anew."
-    needed = f"{device.type} in {state.precision}"
     try:
         stored = path.read_bytes()
         if hashlib.sha256(stored[32:]).digest() != stored[:32]:
-            raise ValueError("its SHA-256 is another one")
+            raise ValueError("it was cut short or is damaged")
         content = torch.load(io.BytesIO(stored[32:]), map_location=device, weights_only=True)
-        if content["key"] != key:
-            raise ValueError("it belongs to another run")
-        found = f"{content['device']} in {content['precision']}"
-        for name, value in vars(state).items() if found == needed else ():
+        made = {name: content[name] for name in ("key", "device", "precision")}
+        wanted = {"key": key, "device": device.type, "precision": state.precision}
+        if made != wanted:
+            raise ValueError(f"it was made for {made}, this is {wanted}")
+        for name, value in vars(state).items():
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(content[name])
             else:
                 setattr(state, name, content[name])
+        torch.set_rng_state(content["rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(content["rng_cuda"].cpu(), device)
     # torch reports what does not fit as one of a dozen exceptions.
     except Exception as error:
-        raise RunError(
-            f"train: the checkpoint {path} cannot be read; it was cut short or is damaged, or is "
-            f"not of this run and model ({type(error).__name__}: {first_line(error)}). {advice}"
-        ) from error
-    if found != needed:
-        raise RunError(
-            f"train: the checkpoint {path} was made on {found}, this is {needed}: "
-            f"the run would not continue with the same bits. Go on there, or start anew. {advice}"
-        )
-    torch.set_rng_state(content["rng"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(content["rng_cuda"].cpu(), device)
+        problem = f"the checkpoint {path} does not continue this run ({first_line(error)})"
+        advice = f"Remove {path.parent} to start it anew."
+        raise RunError(f"train: {problem}. {advice}") from error

@@ -133,9 +133,9 @@ CHANGES = {
 
 
 @pytest.fixture
-def assert_no_lasting_key(monkeypatch, capsys):
+def assert_no_lasting_key(capsys):
     def check(model):
-        monkeypatch.setattr(watch, "_warned", set())
+        watch.warn.cache_clear()
         first, second = identify(model, 0), identify(model, 0)
         assert len({"seed", first[1], second[1]}) == 3
         said = capsys.readouterr().out

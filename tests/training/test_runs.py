@@ -126,7 +126,9 @@ def test_weights_too_large_for_half_precision_are_refused(run):
     with torch.no_grad():
         next(run.model.parameters()).flatten()[0] = 1e5
     save_weights(run.weights, run.model.state_dict())
-    with pytest.raises(RunError, match=r"run: .* up to 1e\+05, float16 ends at 65504.*half=False"):
+    with pytest.raises(
+        RunError, match=r"best.safetensors: .* up to 1e\+05, float16 ends at 65504.*half=False"
+    ):
         publish(run, weights=True, command="", half=True)
 
 
@@ -288,8 +290,9 @@ def kill_at(monkeypatch, moment):
 @pytest.mark.parametrize("moment", range(10))
 def test_a_kill_while_a_run_is_replaced_loses_nothing(run, name, moment):
     def finish_again():
-        part = open_part(name, run.key)
-        return finish(part, name, run.key, run.info, run.rows, run.model.state_dict())
+        again = runs.Run(name, run.key, run.info, run.rows, open_part(name, run.key))
+        finish(again, run.model.state_dict())
+        return again.path
 
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, moment)
@@ -534,8 +537,8 @@ def test_a_history_is_a_table_that_keeps_every_bit(run):
         {"epoch": 2, "loss": 1.7976931348623157e308, "lr": -0.0},
         {"epoch": 3, "loss": 0.1 + 0.2, "lr": 2.0**-1074 * 3},
     ]
-    part = open_part("run", run.key)
-    finish(part, "run", run.key, run.info, rows, run.model.state_dict())
+    run.rows, run.path = rows, open_part("run", run.key)
+    finish(run, run.model.state_dict())
     found = find(run.key, make_model())
     # repr tells -0.0 from 0.0 and int from float.
     assert repr(found.rows) == repr(rows)
