@@ -1,7 +1,7 @@
-"""How a run is written: its card, and its weights. What is read is what was written, or an error.
+"""How a run is written: its card and its weights. What is read is what was written, or an error.
 
-A card is a JSON file: name, key, digest (of the rest of the card), weights (SHA-256 of their file,
-or null), command, test metrics, info and history.
+A card is JSON: name, key, digest (of the rest), weights (their SHA-256 or null), command, test
+metrics, info and history.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def read(path: Path) -> dict[str, Any]:
 def require_own(home: str, name: str, key: str, info: dict[str, Any]) -> None:
     """Raises ValueError unless home is the name of a run's card or folder, and the key its own."""
     if home != f"{name}-{key}" or key != recorded_key(info):
-        problem = "is not the name of this card or folder, or not the key of its settings"
-        raise ValueError(f"{name}-{key} {problem}")
+        raise ValueError(f"{name}-{key} is not the name of this card or the key of its settings")
 
 
 def write(path: Path, card: dict[str, Any]) -> None:
@@ -62,10 +61,7 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Read what save_weights wrote into a model.
-
-    Raises ValueError if it does not fit, or a weight is not finite.
-    """
+    """Read them into a model. Raises ValueError if one does not fit or is not finite."""
     try:
         state = st.load(path.read_bytes())
         for name, _ in model.named_parameters():

@@ -18,10 +18,9 @@ from .runs import RunError
 
 
 class Average(AveragedModel):
-    """Exponential moving average of a model's weights and statistics; `update` after each step.
+    """Exponential moving average of a model's weights and statistics; the first update copies.
 
-    The first update copies the model. Integer buffers, such as counters, are always copied:
-    torch's own update sends them to the device in every step, and waits.
+    Counters are copied always: torch's own update sends them to the device each time, and waits.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -81,7 +80,7 @@ class TrainingState:
             self.uncounted.clear()
 
     def stop_clock(self) -> None:
-        """Add the time since it was started, or last stopped, to the current epoch."""
+        """Add the time since `started` to the current epoch."""
         now = time.perf_counter()
         self.epoch_seconds, self.started = self.epoch_seconds + now - self.started, now
 
@@ -104,10 +103,7 @@ class TrainingState:
 
 
 def save(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
-    """Write the state and torch's random numbers as one atomic file, behind their SHA-256.
-
-    torch.load alone overlooks every second flipped bit.
-    """
+    """Write the state and torch's random numbers as one atomic file, behind their SHA-256."""
     state.count()
     content = {"key": key, "device": device.type, "rng": torch.get_rng_state()}
     if device.type == "cuda":
@@ -118,6 +114,7 @@ def save(path: Path, key: str, state: TrainingState, device: torch.device) -> No
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as file:
+        # torch.load alone overlooks every second flipped bit.
         file.write(hashlib.sha256(buffer.getbuffer()).digest())
         file.write(buffer.getbuffer())
 
@@ -125,16 +122,15 @@ def save(path: Path, key: str, state: TrainingState, device: torch.device) -> No
 def load(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
     """Bring the state and torch's random numbers to where `save` found them.
 
-    Raises RunError if the file is damaged, belongs to another run or model, or was made on another
-    kind of device or in another precision, where the bits would be others.
+    Raises RunError if the file is damaged, or of another run, model, kind of device or precision.
     """
     try:
         stored = path.read_bytes()
         if hashlib.sha256(stored[32:]).digest() != stored[:32]:
             raise ValueError("it was cut short or is damaged")
         content = torch.load(io.BytesIO(stored[32:]), map_location=device, weights_only=True)
-        made = {name: content[name] for name in ("key", "device", "precision")}
         wanted = {"key": key, "device": device.type, "precision": state.precision}
+        made = {name: content[name] for name in wanted}
         if made != wanted:
             raise ValueError(f"it was made for {made}, this is {wanted}")
         for name, value in vars(state).items():
@@ -148,5 +144,4 @@ def load(path: Path, key: str, state: TrainingState, device: torch.device) -> No
     # torch reports what does not fit as one of a dozen exceptions.
     except Exception as error:
         problem = f"the checkpoint {path} does not continue this run ({first_line(error)})"
-        advice = f"Remove {path.parent} to start it anew."
-        raise RunError(f"train: {problem}. {advice}") from error
+        raise RunError(f"train: {problem}. Remove {path.parent} to start it anew.") from error

@@ -44,19 +44,17 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     spec builds it, says what it computes. Any other, one of your own or with hooks, gets a random
     number in place of the digest: it is trained anew each time, and a line says so.
     """
-    spec, odd = getattr(model, "spec", {"model": repr(model)}), type(model).__name__
-    if registry.MODELS.get(odd) is type(model) and type(model).__module__.startswith("labutils."):
+    kind, spec = type(model), getattr(model, "spec", {"model": repr(model)})
+    odd = kind.__name__
+    if registry.MODELS.get(odd) is kind and kind.__module__.startswith("labutils."):
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             fresh = registry.build(spec)
         odd = _odd_part(model, fresh)
     if odd is not None:
-        reason = f"no stored run can be known to be its own, because of {odd!r}"
-        warn(f"{type(model).__name__} is trained anew each time: {reason}")
+        warn(f"{kind.__name__} is trained anew each time: no key can tell what {odd!r} computes")
         return spec, secrets.token_hex(6)
-    drawn, hasher = fresh.state_dict(), hashlib.sha256()
-    for name in _frozen(model):
-        hasher.update(f"{name} is frozen".encode())
+    drawn, hasher = fresh.state_dict(), hashlib.sha256(_frozen(model))
     as_drawn = _frozen(model) == _frozen(fresh)
     for name, value in model.state_dict().items():
         value, initial = value.cpu(), drawn[name].cpu()
@@ -67,8 +65,9 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     return spec, "seed" if as_drawn else hasher.hexdigest()[:12]
 
 
-def _frozen(model: nn.Module) -> list[str]:
-    return [name for name, value in model.named_parameters() if not value.requires_grad]
+def _frozen(model: nn.Module) -> bytes:
+    names = [name for name, value in model.named_parameters() if not value.requires_grad]
+    return "".join(f"{name} is frozen" for name in names).encode()
 
 
 def _odd_part(model: nn.Module, fresh: nn.Module) -> str | None:

@@ -59,9 +59,8 @@ def train(
         and ends with the weights of the best epoch by config.monitor, unless only the card of the
         run is published. name: starts the name of the run's folder. retrain: even if it is stored.
     track: see watch.open_mirrors. progress: live bar, and a line when a stored run is loaded.
-    checkpoint_seconds: longest time of work that a kill can cost.
-    compile: use torch.compile: a minute at the start, then faster steps. Like the device and what
-        precision 'auto' comes to, it changes rounding and dropout's choice, but not the key.
+    checkpoint_seconds: longest time of work that a kill can cost. compile: by torch.compile, which
+        like the device and bf16 changes rounding and dropout's choice, but not the key.
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
     the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows).
@@ -121,9 +120,9 @@ def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
     """All around the loop: what it starts from, who watches it, what is saved and when."""
     with ExitStack() as stack:
         state = _start_or_continue(run, data, config, stack)
-        size = len(data.train)
-        images = {"total": size * config.epochs, "done": size * state.epoch + state.images}
-        bar = watch.Progress(run.name, **images, log=run.path / "train.log", show=progress)
+        size, log = len(data.train), run.path / "train.log"
+        done, total = size * state.epoch + state.images, size * config.epochs
+        bar = watch.Progress(run.name, total=total, done=done, log=log, show=progress)
         stack.callback(bar.close)
         if config.precision == "bf16" != state.precision:
             bar.warn(f"{run.info['device']} does not compute in bf16: trained in float32")
@@ -244,18 +243,13 @@ def _finish(run, state, reason) -> None:
 def _describe(model, data, config, name, track) -> Run:
     """The run with all that is known before it is trained, its key above all."""
     spec, weights = identify(model, config.seed)
-    source = {"name": data.name, "source": data.source, "fingerprint": data.fingerprint}
-    source["images"] = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
-    info = {
-        "model": spec,
-        "weights": weights,
-        "parameters": num_parameters(model),
-        "config": dataclasses.asdict(config),
-        "data": source,
-        "device": machine.device_name(data.train.images.device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
+    info["config"] = dataclasses.asdict(config)
+    info["data"] = {name: getattr(data, name) for name in ("name", "source", "fingerprint")}
+    images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
+    info["data"]["images"] = images
+    info["device"] = machine.device_name(data.train.images.device)
+    info |= {"torch": torch.__version__, "python": platform.python_version()}
     key = run_key(config, spec, weights, data.fingerprint)
     return Run(name, key, info, rows=[], path=runs_dir(), model=model, track=track)
 
@@ -264,8 +258,8 @@ def _require_trainable(model, data, config) -> None:
     """Raise ValueError for what does not fit together; move the model to the data's device."""
     split, shape, classes = data.train, data.image_shape, data.num_classes
     if config.batch_size > len(split):
-        allowed = f"the training split has {len(split)} images. Choose at most {len(split)}."
-        raise ValueError(f"train: batch_size = {config.batch_size}, but {allowed}")
+        allowed = f"Choose at most {len(split)}, the images of the training split."
+        raise ValueError(f"train: batch_size = {config.batch_size}. {allowed}")
     require_fit(config.augment, shape)
     if not num_parameters(model):
         raise ValueError("train: the model has no parameter that requires a gradient.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import nn
 
 from ..base.files import models_dir, runs_dir
@@ -24,7 +24,7 @@ from ..data.tensors import ImageData
 from ..evaluation import metrics
 from . import cards
 from .cards import RunError, load_weights, save_weights
-from .watch import open_mirrors, say, show_mirrors, warn, watched
+from .watch import open_mirrors, show_mirrors, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,9 +71,8 @@ class Run:
     @property
     def weights(self) -> Path:
         """Where the weights of the best epoch are, if they are stored."""
-        if self.path.is_dir():
-            return self.path / "best.safetensors"
-        return self.path.with_suffix(".safetensors")
+        folder, name = self.path.is_dir(), "best.safetensors"
+        return self.path / name if folder else self.path.with_suffix(".safetensors")
 
     def best(self, column: str) -> float:
         """A column of the history at the best epoch, whose weights were kept.
@@ -90,21 +89,20 @@ class Run:
         In the precision of its training, where it can be had. tta: as for predict, stored apart.
         Raises RunError if the run was trained on other data, or has neither metrics nor weights.
         """
-        if data.fingerprint != self.info["data"]["fingerprint"]:
+        trained, asked = self.info["data"]["fingerprint"], data.fingerprint
+        if asked != trained:
+            problem = f"trained on data {trained}, asked to test on {asked}"
             raise RunError(
-                f"{self.name}: trained on data {self.info['data']['fingerprint']}, asked to test "
-                f"on {data.fingerprint}. Load the data with the same name, val_size and seed."
+                f"{self.name}: {problem}. Load it with the same name, val_size and seed."
             )
         name = "test_flip" if tta else "test"
         if name in self._scores:
             return self._scores[name]
         # A copy with the stored weights: the caller may have gone on changing the model.
-        model, precision = (
-            copy.deepcopy(self.require_model()),
-            self.info.get("precision", "float32"),
-        )
+        model = copy.deepcopy(self.require_model())
         if self.weights.exists():
             load_weights(model, self.weights)
+        precision = self.info.get("precision", "float32")
         found = metrics.evaluate(model, data.test, precision=precision, tta=tta)
         self._scores[name], card = found, self.path / "card.json"
         # An unfinished run goes on in its folder, and its weights will be others.
@@ -120,10 +118,8 @@ class Run:
     def require_model(self) -> nn.Module:
         """The model with its best weights. Raises RunError where only the card was published."""
         if self.model is None:
-            raise RunError(
-                f"{self.name}: only the card of this run is published ({self.path.name}), "
-                "not its weights. Call train with retrain=True to have them."
-            )
+            problem = f"only the card of this run is published ({self.path.name}), not its weights"
+            raise RunError(f"{self.name}: {problem}. To have them, train with retrain=True.")
         return self.model
 
     def __str__(self) -> str:
@@ -131,21 +127,20 @@ class Run:
             return f"{self.name}: {self.stop_reason} in the first epoch"
         info, accuracy = self.info, 100 * self.best("val_accuracy")
         where = f"loaded, trained {info['finished']} on {info['device']}, torch {info['torch']}"
-        return (
-            f"{self.name}: {where if self.stored else 'trained'}; {self.epochs} epochs, "
-            f"{self.seconds:.1f} s, val accuracy {accuracy:.2f} % at epoch {info['best_epoch']}; "
-            f"{self.stop_reason}"
-        )
+        what = f"{where if self.stored else 'trained'}; {self.epochs} epochs, {self.seconds:.1f} s"
+        best = f"val accuracy {accuracy:.2f} % at epoch {info['best_epoch']}"
+        return f"{self.name}: {what}, {best}; {self.stop_reason}"
 
 
 def find(key: str, model: nn.Module) -> Run | None:
     """The finished run with this key, its weights loaded into model; None if there is none.
 
-    Raises RunError if it is there but damaged: if its card, the card's name, the key or the weights
-    are not those that were stored together.
+    Raises RunError if card, name, key and weights are not those that were stored together.
     """
     # A kill in the middle of finish leaves the older run as the only finished one.
-    path = next(iter(_folders(key) or _folders(f"{key}.old") or _published(key)), None)
+    path = next(
+        iter(_folders(key) or _folders(f"{key}.old") or models_dir().glob(f"*-{key}.json")), None
+    )
     if path is None:
         return None
     try:
@@ -173,10 +168,6 @@ def _folders(ending: str) -> list[Path]:
     return [path for path in sorted(runs_dir().glob(f"*-{ending}")) if path.is_dir()]
 
 
-def _published(key: str) -> list[Path]:
-    return sorted(models_dir().glob(f"*-{key}.json"))
-
-
 def _write_card(path: Path, run: Run, weights: Path, command: str | None) -> None:
     card = {"name": run.name, "key": run.key, "digest": None}
     card["weights"] = cards.sha256(weights) if weights.exists() else None
@@ -192,22 +183,15 @@ def store_lock(key: str) -> Iterator[None]:
 
     Raises RunError for an OSError inside of the block: who could not write where, and what to do.
     """
-    lock = FileLock(runs_dir() / ".locks" / f"{key}.lock")
+    lock = runs_dir() / ".locks" / f"{key}.lock"
     try:
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            if watched():
-                say(f"another process trains run {key}: waiting for it")
-            lock.acquire()
-        yield
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            yield
     except OSError as error:
         problem = f"train: cannot write to {runs_dir()} ({error.strerror or error})"
         advice = "Free space or set LABUTILS_RUNS to a folder that can be written, then go on."
         raise RunError(f"{problem}. What was saved before is whole. {advice}") from error
-    finally:
-        lock.release()
 
 
 def open_part(name: str, key: str) -> Path:
@@ -242,11 +226,10 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
     """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
 
     It takes the place of a card with the same key. What is published already keeps its weights.
-    command: what measures the card's numbers again. half: store the weights as float16, which takes
-    half the space and changes each by less than a thousandth of itself, or by 3e-8 if it is tiny;
-    the card keeps the metrics of the weights as they were.
-    Raises RunError for an unfinished run, where weights are asked for and there are none, or where
-    one is too large for float16; ValueError for a name that is no file name or a key not its own.
+    command: what measures the card's numbers again. half: weights as float16, each changed by less
+    than a thousandth of itself, or 3e-8 if tiny; the metrics stay those of the whole weights.
+    Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
+    ValueError for a name that is no file name or a key not its own.
     """
     if run.stop_reason == "interrupted":
         raise RunError(f"{run.name}: interrupted runs are not published. Train it to the end.")
@@ -265,7 +248,7 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
     elif run.path != path:
         stored.unlink(missing_ok=True)
     _write_card(path, run, stored, command)
-    for older in _published(run.key):
+    for older in models_dir().glob(f"*-{run.key}.json"):
         if older != path:
             older.unlink()
             older.with_suffix(".safetensors").unlink(missing_ok=True)

@@ -139,7 +139,7 @@ def assert_no_lasting_key(capsys):
         first, second = identify(model, 0), identify(model, 0)
         assert len({"seed", first[1], second[1]}) == 3
         said = capsys.readouterr().out
-        start = f"{type(model).__name__} is trained anew each time: no stored run can be known"
+        start = f"{type(model).__name__} is trained anew each time: no key can tell what "
         assert said.startswith(start)
         assert said.count("\n") == 1
         return first[0]

@@ -791,7 +791,10 @@ def all_frozen():
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        ({"config": with_changes(batch_size=49)}, r"batch_size = 49, .*48 images.*at most 48"),
+        (
+            {"config": with_changes(batch_size=49)},
+            r"batch_size = 49\. Choose at most 48, the images of",
+        ),
         (
             {"config": with_changes(augment=lab.Augment(crop=6))},
             "crop = 6 with images of 6x6 pixels: .* at most 5",

@@ -449,7 +449,7 @@ def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
     shutil.rmtree(run.path)
     other = dict(run.info, config=run.info["config"] | {"lr": 0.5})
     for changes, wanted in [
-        ({"info": other}, "not the key of its settings"),
+        ({"info": other}, "or the key of its settings"),
         ({"name": "../outside"}, r"\.\./outside-\w+ is not the name of this card"),
         ({"key": "0123456789ab"}, "run-0123456789ab is not the name"),
     ]:
