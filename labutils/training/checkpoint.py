@@ -72,7 +72,6 @@ class TrainingState:
             self.count()
 
     def count(self) -> None:
-        """Bring losses and hits up to date."""
         if self.uncounted:
             losses, logits, labels = zip(*self.uncounted)
             self.losses = torch.cat([self.losses.to(labels[0].device), torch.stack(losses)])
@@ -80,7 +79,6 @@ class TrainingState:
             self.uncounted.clear()
 
     def stop_clock(self) -> None:
-        """Add the time since `started` to the current epoch."""
         now = time.perf_counter()
         self.epoch_seconds, self.started = self.epoch_seconds + now - self.started, now
 
@@ -97,7 +95,6 @@ class TrainingState:
             self.best_epoch = self.epoch
 
     def summary(self) -> dict[str, float]:
-        """The row of the best epoch so far, as mirrors show it."""
         best = self.rows[self.best_epoch - 1] if self.best_epoch else {}
         return {f"best/{name}": value for name, value in best.items()}
 

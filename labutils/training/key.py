@@ -39,10 +39,9 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     """The model's spec, and where its weights come from: 'seed', or a digest of what differs.
 
-    Comparing with a fresh model tells the two apart; a digest alone would differ between machines
-    whose random numbers differ in the last bit. Only a network of labutils, with every part as its
-    spec builds it, says what it computes. Any other, one of your own or with hooks, gets a random
-    number in place of the digest: it is trained anew each time, and a line says so.
+    A digest alone would differ between machines whose random numbers differ in the last bit. Only a
+    network of labutils, every part as its spec builds it, says what it computes: any other, one of
+    your own or with hooks, gets a random number, is trained anew each time, and a line says so.
     """
     kind, spec = type(model), getattr(model, "spec", {"model": repr(model)})
     odd = kind.__name__

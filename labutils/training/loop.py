@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..base import device as machine
-from ..base.files import runs_dir, write_json
+from ..base.files import runs_dir
 from ..base.settings import NonNegativeFloat, TrainConfig, check, first_line
 from ..data.augmentation import require_fit
 from ..data.tensors import ImageData
@@ -178,8 +178,6 @@ def _start_or_continue(run, data, config, stack) -> checkpoint.TrainingState:
     torch.manual_seed(config.seed)
     if last.exists():
         checkpoint.load(last, run.key, state, device)
-    else:
-        write_json(run.path / "config.json", {"key": run.key, **run.info})
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     torch.set_num_threads(state.threads)
     run.rows = state.rows
@@ -245,9 +243,9 @@ def _describe(model, data, config, name, track) -> Run:
     spec, weights = identify(model, config.seed)
     info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
     info["config"] = dataclasses.asdict(config)
-    info["data"] = {name: getattr(data, name) for name in ("name", "source", "fingerprint")}
-    images = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
-    info["data"]["images"] = images
+    info["data"] = {"name": data.name, "source": data.source, "fingerprint": data.fingerprint}
+    splits = ("train", "val", "test")
+    info["data"]["images"] = {split: len(getattr(data, split)) for split in splits}
     info["device"] = machine.device_name(data.train.images.device)
     info |= {"torch": torch.__version__, "python": platform.python_version()}
     key = run_key(config, spec, weights, data.fingerprint)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 class Run:
     """One training: what went in, what came out.
 
-    model holds the weights of the best epoch; None for a published run that is its card alone.
     info: model spec, config, data, versions, device, precision, compiled, seconds, epochs,
     best_epoch, stop_reason.
     """
@@ -44,7 +43,7 @@ class Run:
     info: dict[str, Any]
     rows: list[dict[str, float]]
     path: Path  # the run's folder, or the card of a published run
-    model: nn.Module | None = None
+    model: nn.Module | None = None  # of the best epoch; None where only the card was published
     stored: bool = False  # found in the store, not trained by this call
     track: Any = None  # what train was asked to mirror to; test metrics go there too
     _scores: dict[str, metrics.Metrics] = field(default_factory=dict, repr=False)
@@ -71,8 +70,8 @@ class Run:
     @property
     def weights(self) -> Path:
         """Where the weights of the best epoch are, if they are stored."""
-        folder, name = self.path.is_dir(), "best.safetensors"
-        return self.path / name if folder else self.path.with_suffix(".safetensors")
+        beside, inside = self.path.with_suffix(".safetensors"), self.path / "best.safetensors"
+        return inside if self.path.is_dir() else beside
 
     def best(self, column: str) -> float:
         """A column of the history at the best epoch, whose weights were kept.
@@ -205,10 +204,7 @@ def open_part(name: str, key: str) -> Path:
 
 
 def finish(run: Run, weights: dict[str, torch.Tensor]) -> None:
-    """Write weights and card into the run's folder and rename it, in place of an older run.
-
-    Killed at any moment, it leaves the older run or this one.
-    """
+    """Put a run in place of an older one: killed at any moment, it leaves one of the two."""
     save_weights(run.weights, weights)
     _write_card(run.path / "card.json", run, run.weights, command=None)
     for older in _folders(run.key):

@@ -28,12 +28,11 @@ PATIENCE = 60.0  # seconds that a mirror may take for one call
 
 _wandb_offline = False  # set by the first failure, so that a sweep waits and warns only once
 
+# A mirror takes the row of an epoch and False, or the final numbers and True.
+Mirror = Callable[[dict[str, float], bool], None]
 
-# Its name, and what takes the row of an epoch and False, or the final numbers and True.
-Mirror = tuple[str, Callable[[dict[str, float], bool], Any]]
 
-
-def open_mirrors(run: Any) -> list[Mirror]:
+def open_mirrors(run: Any) -> dict[str, Mirror]:
     """Start the mirrors of a Run that run.track asks for.
 
     'auto' is W&B when it is installed and WANDB_MODE is set or a login is stored, and nothing
@@ -47,12 +46,14 @@ def open_mirrors(run: Any) -> list[Mirror]:
         kinds = ["wandb"] if asked and find_spec("wandb") else []
     starts = {"wandb": _wandb, "tensorboard": _tensorboard}
     check("train", {"track": list[Literal[*starts]]}, {"track": kinds})
-    return [(kind, show) for kind in kinds for show in _try(kind, starts[kind], run)]
+    return {kind: mirror for kind in kinds for mirror in _try(kind, starts[kind], run)}
 
 
-def show_mirrors(mirrors: list[Mirror], numbers: dict[str, float], final: bool = False) -> None:
-    """Show all the row of an epoch, or the final numbers; who fails is taken off the list."""
-    mirrors[:] = [(name, show) for name, show in mirrors if _try(name, show, numbers, final)]
+def show_mirrors(mirrors: dict[str, Mirror], row: dict[str, float], final: bool = False) -> None:
+    """Show all the row of an epoch, or the final numbers; one that fails is shown no more."""
+    for name, mirror in list(mirrors.items()):
+        if not _try(name, mirror, row, final):
+            del mirrors[name]
 
 
 def _try(name: str, call: Callable[..., Any], *args: Any) -> list[Any]:
@@ -105,7 +106,7 @@ def _wandb_login() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or login)
 
 
-def _wandb(run: Any) -> Callable[[dict[str, float], bool], None]:
+def _wandb(run: Any) -> Mirror:
     global _wandb_offline
     # Without this W&B greets on stderr, which would stay in a saved notebook.
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -125,9 +126,13 @@ def _wandb(run: Any) -> Callable[[dict[str, float], bool], None]:
         # Another id, because W&B still holds the one whose start failed.
         record = wandb.init(id=f"{run.key}-offline", mode="offline", **options)
         if not _wandb_offline:
-            problem = f"W&B is out of reach ({first_line(error)}): runs are recorded offline from"
-            remedy = "To send them: `wandb login`, then `wandb sync` on that folder."
-            warnings.warn(f"{problem} now on, in a folder wandb of each. {remedy}", stacklevel=2)
+            problem = (
+                f"W&B is out of reach ({first_line(error)}): runs are recorded offline from now"
+            )
+            remedy = (
+                "on. To send them: `wandb login`, then `wandb sync` on the folder wandb of each."
+            )
+            warnings.warn(f"{problem} {remedy}", stacklevel=2)
         _wandb_offline = True
     # Registered last, it comes before W&B's own, which waits for the service without end.
     atexit.unregister(_end_wandb)
@@ -141,7 +146,7 @@ def _wandb(run: Any) -> Callable[[dict[str, float], bool], None]:
     return show
 
 
-def _tensorboard(run: Any) -> Callable[[dict[str, float], bool], None]:
+def _tensorboard(run: Any) -> Mirror:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run.path / "tensorboard"))
@@ -191,11 +196,9 @@ class _NotebookBar(tqdm):
 
 
 def watched() -> str | None:
-    """'notebook' in a kernel that JupyterLab started, 'terminal' on a terminal, else None.
-
-    Kernels of papermill and nbval lack JPY_SESSION_NAME; a bar there would only fill the output.
-    """
+    """'notebook' in a kernel that JupyterLab started, 'terminal' on a terminal, else None."""
     if "ipykernel" in sys.modules:
+        # Kernels of papermill and nbval lack this; a bar there would only fill the output.
         return "notebook" if os.environ.get("JPY_SESSION_NAME") else None
     return "terminal" if sys.stderr.isatty() else None
 
@@ -217,10 +220,8 @@ class Progress:
 
     def epoch(self, row: dict[str, float], epochs: int) -> None:
         # Short, so that a line of 100 columns holds it beside the bar.
-        scores = (
-            f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} "
-            f"(val {row['val_loss']:.3f}), val accuracy {100 * row['val_accuracy']:.1f} %"
-        )
+        scores = f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} "
+        scores += f"(val {row['val_loss']:.3f}), val accuracy {100 * row['val_accuracy']:.1f} %"
         self._bar.set_description_str(f"{self._name}: {scores}", refresh=False)
         self.note(f"{scores}, {row['images_per_second']:,.0f} images/s")
 

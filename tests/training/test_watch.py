@@ -94,7 +94,7 @@ def test_a_mirror_that_is_not_installed_is_named_and_costs_no_run(start, monkeyp
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, kind, None)
     with pytest.warns(UserWarning, match=f"{kind} stopped recording .*{kind}.*The run goes on"):
-        assert start([kind]) == []
+        assert start([kind]) == {}
 
 
 @pytest.mark.parametrize("track", ["neptune", ["wandb", "neptune"]])
@@ -113,7 +113,7 @@ def test_without_a_login_nothing_is_mirrored_or_imported(
         (tmp_path / "netrc").write_text(netrc)
     for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert start(track) == []
+    assert start(track) == {}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_mirror_that_fails_midway_warns_once_and_is_left_alone():
         if len(seen) == 2:
             raise ConnectionError("gone")
 
-    mirrors = [("Cloud", show)]
+    mirrors = {"Cloud": show}
     show_mirrors(mirrors, ROW)
     with pytest.warns(UserWarning, match=r"Cloud stopped recording \(gone\)") as caught:
         show_mirrors(mirrors, ROW)
@@ -238,7 +238,7 @@ def test_a_mirror_that_cannot_close_costs_one_warning_and_others_are_closed(erro
         raise error
 
     closed = []
-    mirrors = [("Cloud", fail), ("Board", lambda *shown: closed.append(shown))]
+    mirrors = {"Cloud": fail, "Board": lambda *shown: closed.append(shown)}
     with pytest.warns(UserWarning, match=r"Cloud stopped recording .*holds it all"):
         show_mirrors(mirrors, {"a": 1.0}, final=True)
     assert closed == [({"a": 1.0}, True)]
@@ -247,12 +247,12 @@ def test_a_mirror_that_cannot_close_costs_one_warning_and_others_are_closed(erro
 def test_a_mirror_that_hangs_is_waited_for_only_so_long(monkeypatch):
     monkeypatch.setattr(watch, "PATIENCE", 0.2)
     stuck = threading.Event()
-    mirrors = [("Cloud", lambda row, final: stuck.wait())]
+    mirrors = {"Cloud": lambda row, final: stuck.wait()}
     started = time.monotonic()
     with pytest.warns(UserWarning, match=r"Cloud stopped recording \(no answer in 0.2 s\)"):
         show_mirrors(mirrors, ROW)
     assert time.monotonic() - started < 5
-    assert mirrors == []
+    assert mirrors == {}
     stuck.set()
 
 
@@ -261,7 +261,7 @@ def test_ctrl_c_reaches_the_training_while_a_mirror_works():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    mirrors = [("Cloud", show)]
+    mirrors = {"Cloud": show}
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
