@@ -1,4 +1,4 @@
-"""The machine: devices, seeds, precision, memory format, compilation, threads and Ctrl-C.
+"""The machine: devices, seeds, precision, memory format, threads and Ctrl-C.
 
 Nothing here changes what a training computes by more than rounding.
 """
@@ -11,12 +11,12 @@ import random
 import re
 import signal
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .settings import first_line
 
@@ -31,10 +31,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(
-            f"device = {str(device)!r} cannot be used here ({first_line(error)}). "
-            "Allowed: 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'; 'auto' always works."
-        ) from error
+        problem = f"device = {str(device)!r} cannot be used here ({first_line(error)})"
+        allowed = "Allowed: 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'; 'auto' always works."
+        raise ValueError(f"{problem}. {allowed}") from error
 
 
 def device_name(device: torch.device) -> str:
@@ -49,8 +48,6 @@ def device_name(device: torch.device) -> str:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices): call it before building a model."""
-    import numpy as np
-
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -59,8 +56,8 @@ def seed_everything(seed: int) -> None:
 def usable_precision(asked: str, device: torch.device) -> str:
     """'bf16' or 'float32': what 'auto', 'bf16' or 'float32' comes to on a device.
 
-    bf16: autocast to torch.bfloat16, with weights kept in float32. Only where the hardware computes
-    with it: emulated, it is several times slower than float32.
+    bf16: autocast to torch.bfloat16, weights stay float32. Only where the hardware computes with
+    it: emulated, it is several times slower than float32.
     """
     return "bf16" if asked != "float32" and _computes_bf16(device) else "float32"
 
@@ -69,67 +66,32 @@ def _computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        # oneDNN, which computes here, can be told to leave instructions aside (ONEDNN_MAX_CPU_ISA).
-        return native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return False
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    # oneDNN, which computes here, can be told to leave instructions aside (ONEDNN_MAX_CPU_ISA).
+    return device.type == "cpu" and native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """A context, usable again and again, in which a model computes with 'float32' or 'bf16'."""
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    # Cheaper than an autocast that is switched off, and entered in every step.
-    return nullcontext()
+    # Entered in every step: nothing at all is cheaper than an autocast that is switched off.
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
     """Store the weights of a convolutional network pixel by pixel, not channel by channel.
 
-    In that order convolutions are up to twice as fast (benchmarks/throughput.py); no number of the
+    Convolutions are up to twice as fast that way (benchmarks/throughput.py); no number of the
     model's state changes. Other models, and a few for which it is not safe, stay as they are.
     """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
-    # In the backward pass of these, oneDNN's AVX2 code writes past its memory:
-    # https://github.com/uxlfoundation/oneDNN/issues/6035
-    unsafe = any(
-        layer.kernel_size == (1, 1)
-        and max(layer.stride) > 1
-        and layer.in_channels // layer.groups < 8
-        for layer in convolutions
-    )
-    # On other kinds of device nobody has looked.
-    if convolutions and not unsafe and device.type in ("cpu", "cuda"):
+    for layer in convolutions:
+        # In the backward pass of these, oneDNN's AVX2 code writes past its memory:
+        # https://github.com/uxlfoundation/oneDNN/issues/6035
+        strided = layer.kernel_size == (1, 1) and max(layer.stride) > 1
+        if strided and layer.in_channels // layer.groups < 8:
+            return
+    if convolutions and device.type in ("cpu", "cuda"):  # on other kinds nobody has looked
         model.to(memory_format=torch.channels_last)
-
-
-def compiled(model: nn.Module, on_failure: Callable[[str], None]) -> Callable[[Tensor], Tensor]:
-    """The forward pass of a model by torch.compile; the model itself stays as it is.
-
-    Where that fails, at once or when first called, on_failure gets the reason, and the model is
-    called as it is from then on.
-    """
-    from torch._dynamo.exc import TorchDynamoException
-
-    forward = model
-
-    def call(images: Tensor) -> Tensor:
-        nonlocal forward
-        try:
-            return forward(images)
-        # The model has not run: its code is compiled before.
-        except TorchDynamoException as error:
-            forward = model
-            on_failure(first_line(error))
-            return model(images)
-
-    try:
-        # Each batch size is compiled on its own: code for any size is slower.
-        forward = torch.compile(model, dynamic=False)
-    except RuntimeError as error:
-        on_failure(first_line(error))
-    return call
 
 
 def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> int:
@@ -138,12 +100,11 @@ def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> i
     Below 4 million multiplications a step a second thread gains a fifth (benchmarks/threads.py),
     and waiting for it costs up to a hundredfold where other programs compete for the cores.
     """
-    holders = [part for part in model.modules() if part._parameters]
-    multiplications = batch_size * sum(p.numel() for p in model.parameters())
     # In other layers, such as convolutions, a parameter is multiplied many times for one image.
+    holders = [part for part in model.modules() if part._parameters]
     flat = all(isinstance(part, nn.Linear | nn.BatchNorm1d) for part in holders)
-    small = device.type == "cpu" and flat and multiplications < 2**22
-    return 1 if small else torch.get_num_threads()
+    small = batch_size * sum(p.numel() for p in model.parameters()) < 2**22
+    return 1 if device.type == "cpu" and flat and small else torch.get_num_threads()
 
 
 def interrupts(stack: ExitStack) -> list[int]:
@@ -154,9 +115,9 @@ def interrupts(stack: ExitStack) -> list[int]:
         seen.append(signum)
         signal.signal(signal.SIGINT, before)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
     # A job in the background ignores Ctrl-C, which is meant for the one in the foreground.
-    if in_main_thread and before not in (signal.SIG_IGN, None):
+    heard = before not in (signal.SIG_IGN, None)
+    if heard and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, note)
         stack.callback(signal.signal, signal.SIGINT, before)
     return seen

@@ -1,7 +1,7 @@
-"""How a run is written: its card, and its weights. What is read is what was written, or an error.
+"""How a run is written: its card and its weights. What is read is what was written, or an error.
 
-A card is a JSON file: name, key, digest (of the rest of the card), weights (SHA-256 of their file,
-or null), command, test metrics, info and history.
+A card is JSON: name, key, digest (of the rest), weights (their SHA-256 or null), command, test
+metrics, info and history.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch as st
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.files import atomic_write, digest, write_json
@@ -35,9 +37,7 @@ def read(path: Path) -> dict[str, Any]:
 def require_own(home: str, name: str, key: str, info: dict[str, Any]) -> None:
     """Raises ValueError unless home is the name of a run's card or folder, and the key its own."""
     if home != f"{name}-{key}" or key != recorded_key(info):
-        raise ValueError(
-            f"{name}-{key} is not the name of this card or folder, or not the key of its settings"
-        )
+        raise ValueError(f"{name}-{key} is not the name of this card or the key of its settings")
 
 
 def write(path: Path, card: dict[str, Any]) -> None:
@@ -51,28 +51,19 @@ def _card_digest(text: str) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Names the content of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     """Write a state dict as safetensors, atomically."""
-    from safetensors.torch import save
-
     with atomic_write(path) as file:
-        file.write(save({name: value.contiguous().cpu() for name, value in state.items()}))
+        file.write(st.save({name: value.contiguous().cpu() for name, value in state.items()}))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Read what save_weights wrote into a model.
-
-    Raises ValueError if it does not fit, or a weight is not finite.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+    """Read them into a model. Raises ValueError if one does not fit or is not finite."""
     try:
-        state = load(path.read_bytes())
+        state = st.load(path.read_bytes())
         for name, _ in model.named_parameters():
             if name in state and not state[name].isfinite().all():
                 raise ValueError(f"{path.name} has values in {name} that are not finite")
@@ -81,16 +72,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path.name} does not fit the model: {error}") from error
 
 
-def halved(owner: str, content: bytes) -> bytes:
-    """What save_weights wrote, in float16. Raises RunError if a value is too large for it."""
-    from safetensors.torch import load, save
-
-    state = load(content)
-    for name, value in state.items():
+def copy_weights(source: Path, target: Path, *, half: bool) -> None:
+    """half: in float16. Raises RunError if a value is too large for it."""
+    state = st.load(source.read_bytes())
+    for name, value in state.items() if half else ():
         state[name] = value.half() if value.is_floating_point() else value
         if not state[name].isfinite().all():
-            raise RunError(
-                f"{owner}: {name} has values up to {value.abs().max():.3g}, float16 ends at 65504. "
-                "Publish it with half=False."
-            )
-    return save(state)
+            problem = f"{name} has values up to {value.abs().max():.3g}, float16 ends at 65504"
+            raise RunError(f"{source}: {problem}. Publish it with half=False.")
+    save_weights(target, state)

@@ -18,10 +18,9 @@ from .runs import RunError
 
 
 class Average(AveragedModel):
-    """Exponential moving average of a model's weights and statistics; `update` after each step.
+    """Exponential moving average of a model's weights and statistics; the first update copies.
 
-    The first update copies the model. Integer buffers, such as counters, are always copied:
-    torch's own update sends them to the device in every step, and waits.
+    Counters are copied always: torch's own update sends them to the device each time, and waits.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -64,10 +63,7 @@ class TrainingState:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take note of a batch. All values stay on the device, so that nothing waits for it.
-
-        loss: mean over the batch. logits [n, num_classes]. labels int64 [n].
-        """
+        """Take note of a batch and its mean loss, on the device: nothing waits for it."""
         self.batch += 1
         self.images += len(labels)
         self.uncounted.append((loss.detach() * len(labels), logits.detach(), labels))
@@ -76,7 +72,6 @@ class TrainingState:
             self.count()
 
     def count(self) -> None:
-        """Bring losses and hits up to date."""
         if self.uncounted:
             losses, logits, labels = zip(*self.uncounted)
             self.losses = torch.cat([self.losses.to(labels[0].device), torch.stack(losses)])
@@ -84,7 +79,6 @@ class TrainingState:
             self.uncounted.clear()
 
     def stop_clock(self) -> None:
-        """Add the time since it was started, or last stopped, to the current epoch."""
         now = time.perf_counter()
         self.epoch_seconds, self.started = self.epoch_seconds + now - self.started, now
 
@@ -101,16 +95,12 @@ class TrainingState:
             self.best_epoch = self.epoch
 
     def summary(self) -> dict[str, float]:
-        """The row of the best epoch so far, as mirrors show it."""
         best = self.rows[self.best_epoch - 1] if self.best_epoch else {}
         return {f"best/{name}": value for name, value in best.items()}
 
 
 def save(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
-    """Write the state and torch's random numbers as one atomic file, behind their SHA-256.
-
-    torch.load alone overlooks every second flipped bit.
-    """
+    """Write the state and torch's random numbers as one atomic file, behind their SHA-256."""
     state.count()
     content = {"key": key, "device": device.type, "rng": torch.get_rng_state()}
     if device.type == "cuda":
@@ -121,6 +111,7 @@ def save(path: Path, key: str, state: TrainingState, device: torch.device) -> No
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as file:
+        # torch.load alone overlooks every second flipped bit.
         file.write(hashlib.sha256(buffer.getbuffer()).digest())
         file.write(buffer.getbuffer())
 
@@ -128,35 +119,26 @@ def save(path: Path, key: str, state: TrainingState, device: torch.device) -> No
 def load(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
     """Bring the state and torch's random numbers to where `save` found them.
 
-    Raises RunError if the file is damaged, belongs to another run or model, or was made on another
-    kind of device or in another precision.
+    Raises RunError if the file is damaged, or of another run, model, kind of device or precision.
     """
-    advice = f"Remove {path.parent} to start this run anew."
-    needed = f"{device.type} in {state.precision}"
     try:
         stored = path.read_bytes()
         if hashlib.sha256(stored[32:]).digest() != stored[:32]:
-            raise ValueError("its SHA-256 is another one")
+            raise ValueError("it was cut short or is damaged")
         content = torch.load(io.BytesIO(stored[32:]), map_location=device, weights_only=True)
-        if content["key"] != key:
-            raise ValueError("it belongs to another run")
-        found = f"{content['device']} in {content['precision']}"
-        for name, value in vars(state).items() if found == needed else ():
+        wanted = {"key": key, "device": device.type, "precision": state.precision}
+        made = {name: content[name] for name in wanted}
+        if made != wanted:
+            raise ValueError(f"it was made for {made}, this is {wanted}")
+        for name, value in vars(state).items():
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(content[name])
             else:
                 setattr(state, name, content[name])
+        torch.set_rng_state(content["rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(content["rng_cuda"].cpu(), device)
     # torch reports what does not fit as one of a dozen exceptions.
     except Exception as error:
-        raise RunError(
-            f"train: the checkpoint {path} cannot be read; it was cut short or is damaged, or is "
-            f"not of this run and model ({type(error).__name__}: {first_line(error)}). {advice}"
-        ) from error
-    if found != needed:
-        raise RunError(
-            f"train: the checkpoint {path} was made on {found}, this is {needed}: "
-            f"the run would not continue with the same bits. Go on there, or start anew. {advice}"
-        )
-    torch.set_rng_state(content["rng"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(content["rng_cuda"].cpu(), device)
+        problem = f"the checkpoint {path} does not continue this run ({first_line(error)})"
+        raise RunError(f"train: {problem}. Remove {path.parent} to start it anew.") from error

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import fields
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,88 +12,83 @@ from torch.nn.modules import module as torch_module
 
 from ..base.files import digest
 from ..base.settings import Augment, TrainConfig
-from ..data.tensors import ImageData
 from ..models import registry
 from .watch import warn
 
 FORMAT = 1  # raised when a change makes stored runs mean something else
 
 
-def run_key(config: TrainConfig, spec: dict[str, Any], weights: str, data: ImageData) -> str:
-    """Name of a run: equal keys compute the same thing. spec, weights: from identify."""
-    return digest([FORMAT, config.changes(), spec, weights, data.fingerprint])
+def run_key(config: TrainConfig, spec: dict[str, Any], weights: str, fingerprint: str) -> str:
+    """Equal keys compute the same. spec, weights: from identify. fingerprint: of the data."""
+    return digest([FORMAT, config.changes(), spec, weights, fingerprint])
 
 
 def recorded_key(info: dict[str, Any]) -> str:
     """The key of a run by what its card says. Raises ValueError or TypeError for odd settings."""
     settings = _known(TrainConfig, info["config"])
     settings["augment"] = Augment(**_known(Augment, settings.get("augment", {})))
-    data = SimpleNamespace(fingerprint=info["data"]["fingerprint"])
-    return run_key(TrainConfig(**settings), info["model"], info.get("weights", "seed"), data)
+    weights, fingerprint = info.get("weights", "seed"), info["data"]["fingerprint"]
+    return run_key(TrainConfig(**settings), info["model"], weights, fingerprint)
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """Without settings of earlier versions that were switched off, all of them by 0 or None."""
-    names = {item.name for item in fields(kind)}
-    return {name: value for name, value in values.items() if value or name in names}
+    return {k: value for k, value in values.items() if value or k in kind.__dataclass_fields__}
 
 
 def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     """The model's spec, and where its weights come from: 'seed', or a digest of what differs.
 
-    Comparing with a fresh model tells the two apart; a digest alone would differ between machines
-    whose random numbers differ in the last bit, and published runs would not be found there.
-    Only a network of labutils, with every part as its spec builds it, says what it computes. Any
-    other, such as one of your own or one with hooks, gets a random number in place of the digest:
-    it is trained anew each time, and a line says so.
+    A digest alone would differ between machines whose random numbers differ in the last bit. Only a
+    network of labutils, every part as its spec builds it, says what it computes: any other, one of
+    your own or with hooks, gets a random number, is trained anew each time, and a line says so.
     """
-    spec, odd = getattr(model, "spec", {"model": repr(model)}), type(model).__name__
-    if registry.MODELS.get(odd) is type(model) and type(model).__module__.startswith("labutils."):
+    kind, spec = type(model), getattr(model, "spec", {"model": repr(model)})
+    odd = kind.__name__
+    if registry.MODELS.get(odd) is kind and kind.__module__.startswith("labutils."):
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             fresh = registry.build(spec)
         odd = _odd_part(model, fresh)
     if odd is not None:
-        reason = f"no stored run can be known to be its own, because of {odd!r}"
-        warn(f"{type(model).__name__} is trained anew each time: {reason}")
+        warn(f"{kind.__name__} is trained anew each time: no key can tell what {odd!r} computes")
         return spec, secrets.token_hex(6)
-    drawn = {name: value.cpu() for name, value in fresh.state_dict().items()}
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    changed = {name: value for name, value in state.items() if not _same(value, drawn[name])}
-    if not changed and _frozen(model) == _frozen(fresh):
-        return spec, "seed"
-    hasher = hashlib.sha256()
-    for name in _frozen(model):
-        hasher.update(f"{name} is frozen".encode())
-    for name, value in changed.items():
-        hasher.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy())
-    return spec, hasher.hexdigest()[:12]
+    drawn, hasher = fresh.state_dict(), hashlib.sha256(_frozen(model))
+    as_drawn = _frozen(model) == _frozen(fresh)
+    for name, value in model.state_dict().items():
+        value, initial = value.cpu(), drawn[name].cpu()
+        if value.dtype != initial.dtype or not value.equal(initial):
+            as_drawn = False
+            hasher.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+    return spec, "seed" if as_drawn else hasher.hexdigest()[:12]
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and one.equal(other)
-
-
-def _frozen(model: nn.Module) -> list[str]:
-    return [name for name, value in model.named_parameters() if not value.requires_grad]
+def _frozen(model: nn.Module) -> bytes:
+    names = [name for name, value in model.named_parameters() if not value.requires_grad]
+    return "".join(f"{name} is frozen" for name in names).encode()
 
 
 def _odd_part(model: nn.Module, fresh: nn.Module) -> str | None:
-    """The first part of a network that is not as its spec builds it, whatever its weights."""
-    parts, built = (dict(network.named_modules()) for network in (model, fresh))
-    for name in [*parts, *(built.keys() - parts.keys())]:
-        if name not in parts or name not in built or _facts(parts[name]) != _facts(built[name]):
+    """What in a network is not as its spec builds it, whatever its weights."""
+    built = dict(fresh.named_modules(remove_duplicate=False))
+    for name, part in model.named_modules(remove_duplicate=False):
+        # The class itself may have been given another forward.
+        home = getattr(type(part).forward, "__globals__", {}).get("__name__", "").split(".")[0]
+        if home not in ("labutils", "torch", "torchvision") or _facts(part) != _facts(built[name]):
             return name or type(model).__name__
     hooks = [value for name, value in vars(torch_module).items() if name.endswith("_hooks")]
-    hooks += [hook for p in model.parameters() for hook in (p._backward_hooks,)]
-    tied = len(list(model.parameters())) < len(list(fresh.parameters()))
+    hooks += [p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()]
+    tied = len(list(model.parameters())) != len(list(fresh.parameters()))
     return "hooks" if any(hooks) else "tied weights" if tied else None
 
 
 def _facts(part: nn.Module) -> dict[str, str]:
     """What a module is, but for its weights and its mode: its kind, its attributes, its hooks."""
-    left_out = ("training", "_parameters", "_buffers", "_modules", "_compiled_call_impl")
-    facts = {name: repr(value) for name, value in vars(part).items() if name not in left_out}
-    names = [*part._parameters, *part._buffers, *part._modules]
-    return facts | {"kind": repr(type(part)), "names": repr(names)}
+    facts = {"kind": repr(type(part))}
+    for name, value in vars(part).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            facts[name] = repr({key: held is None for key, held in value.items()})
+        elif name not in ("training", "_compiled_call_impl"):
+            facts[name] = repr(value)
+    return facts

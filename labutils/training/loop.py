@@ -10,17 +10,18 @@ import dataclasses
 import datetime
 import math
 import platform
-import re
 import signal
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
+from typing import Annotated
 
 import torch
+from pydantic import Field, InstanceOf
 from torch import nn
 from torch.nn import functional as F
 
 from ..base import device as machine
-from ..base.files import runs_dir, write_json
+from ..base.files import runs_dir
 from ..base.settings import NonNegativeFloat, TrainConfig, check, first_line
 from ..data.augmentation import require_fit
 from ..data.tensors import ImageData
@@ -29,7 +30,15 @@ from ..models.registry import num_parameters
 from . import checkpoint, watch
 from .key import identify, run_key
 from .optim import lr_factor, make_optimizer, stop_reason
-from .runs import Run, RunError, disk_errors, find, finish, open_part, save_weights, store_lock
+from .runs import Run, RunError, find, finish, open_part, save_weights, store_lock
+
+_ARGUMENTS = {
+    "model": InstanceOf[nn.Module],
+    "data": InstanceOf[ImageData],
+    "config": InstanceOf[TrainConfig],
+    "name": Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$")],
+    "checkpoint_seconds": NonNegativeFloat,
+}
 
 
 def train(
@@ -47,13 +56,11 @@ def train(
     """Train a classifier, or load the finished run that did exactly this before.
 
     model: float32 [n, C, H, W] -> logits [n, num_classes]. It is moved to the device of the data
-        and ends with the weights of the best epoch by config.monitor; where only the card of the
-        run is published, it stays as it is and the run has no model.
-    name: starts the name of the run's folder. retrain: train although a finished run is stored.
+        and ends with the weights of the best epoch by config.monitor, unless only the card of the
+        run is published. name: starts the name of the run's folder. retrain: even if it is stored.
     track: see watch.open_mirrors. progress: live bar, and a line when a stored run is loaded.
-    checkpoint_seconds: longest time of work that a kill can cost.
-    compile: use torch.compile: a minute at the start, then faster steps. Like the device and what
-        precision 'auto' comes to, it changes rounding and dropout's choice, but not the key.
+    checkpoint_seconds: longest time of work that a kill can cost. compile: by torch.compile, which
+        like the device and bf16 changes rounding and dropout's choice, but not the key.
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
     the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows).
@@ -63,14 +70,14 @@ def train(
     cannot be continued, or the runs folder cannot be written.
     """
     config = config or TrainConfig()
-    _check_arguments(model, data, config, name, checkpoint_seconds)
+    given = {"model": model, "data": data, "config": config, "name": name}
+    check("train", _ARGUMENTS, given | {"checkpoint_seconds": checkpoint_seconds})
+    _require_trainable(model, data, config)
     run = _describe(model, data, config, name, track)
-    found = None if retrain else find(run.key, model)
-    if found is None:
-        with disk_errors("train", runs_dir()), store_lock(run.key):
+    if retrain or not (found := find(run.key, model)):
+        with store_lock(run.key):
             # Another process may have finished this very run while we waited for the lock.
-            found = None if retrain else find(run.key, model)
-            if found is None:
+            if retrain or not (found := find(run.key, model)):
                 return _train(run, data, config, progress, checkpoint_seconds, compile)
     if progress:
         watch.say(str(found))
@@ -112,15 +119,15 @@ def _loop(state, data, config, forward, after_step, after_epoch) -> str | None:
 def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
     """All around the loop: what it starts from, who watches it, what is saved and when."""
     with ExitStack() as stack:
-        state = _start_or_continue(run, data, config, compile, stack)
+        state = _start_or_continue(run, data, config, stack)
         size, log = len(data.train), run.path / "train.log"
-        images = {"total": size * config.epochs, "done": size * state.epoch + state.images}
-        bar = watch.Progress(run.name, **images, log=log, show=progress)
-        stack.enter_context(closing(bar))
-        named = {"name": run.name, "key": run.key, "folder": run.path}
-        mirrors = watch.open_mirrors(run.track, **named, settings=run.info)
-        stack.callback(lambda: watch.close_mirrors(mirrors, state.summary()))
-        forward = _forward(run, config, bar, progress, compile)
+        done, total = size * state.epoch + state.images, size * config.epochs
+        bar = watch.Progress(run.name, total=total, done=done, log=log, show=progress)
+        stack.callback(bar.close)
+        if config.precision == "bf16" != state.precision:
+            bar.warn(f"{run.info['device']} does not compute in bf16: trained in float32")
+        mirrors = watch.open_mirrors(run)
+        stack.callback(lambda: watch.show_mirrors(mirrors, state.summary(), final=True))
         interrupted = machine.interrupts(stack)
         last_save = time.monotonic()
 
@@ -137,9 +144,17 @@ def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
         def after_epoch():
             _score_epoch(run, state, data, config)
             bar.epoch(state.rows[-1], config.epochs)
-            watch.log_row(mirrors, state.rows[-1])
+            watch.show_mirrors(mirrors, state.rows[-1])
 
-        reason = _loop(state, data, config, forward, after_step, after_epoch)
+        run.info["compiled"] = compile
+        # Each batch size is compiled on its own: code for any size is slower.
+        forward = torch.compile(run.model, dynamic=False) if compile else run.model
+        try:
+            reason = _loop(state, data, config, forward, after_step, after_epoch)
+        except torch._dynamo.exc.TorchDynamoException as error:  # the step has not begun
+            bar.warn(f"torch.compile fails here ({first_line(error)}): trained without it")
+            run.info["compiled"] = False
+            reason = _loop(state, data, config, run.model, after_step, after_epoch)
         _finish(run, state, reason or "interrupted")
         bar.note(run.stop_reason)
     if interrupted and reason:
@@ -148,48 +163,26 @@ def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
     return run
 
 
-def _start_or_continue(run, data, config, compile, stack) -> checkpoint.TrainingState:
+def _start_or_continue(run, data, config, stack) -> checkpoint.TrainingState:
     """The state at the start of a run or in its last checkpoint, with its seed and threads."""
     run.path = open_part(run.name, run.key)
     run.name = run.path.name.removesuffix(f"-{run.key}.part")  # as it was first called
     device, last = data.train.images.device, run.path / "last.pt"
     # First, since the optimizer and the average copy the order in memory that it sets.
     machine.prefer_channels_last(run.model, device)
-    state = checkpoint.TrainingState(
-        run.model,
-        make_optimizer(run.model, config),
-        checkpoint.Average(run.model, config.ema) if config.ema else None,
-        precision=machine.usable_precision(config.precision, device),
-        threads=machine.choose_threads(run.model, config.batch_size, device),
-    )
+    averaged = checkpoint.Average(run.model, config.ema) if config.ema else None
+    state = checkpoint.TrainingState(run.model, make_optimizer(run.model, config), averaged)
+    state.precision = machine.usable_precision(config.precision, device)
+    state.threads = machine.choose_threads(run.model, config.batch_size, device)
     stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
     torch.manual_seed(config.seed)
     if last.exists():
         checkpoint.load(last, run.key, state, device)
-    else:
-        write_json(run.path / "config.json", {"key": run.key, **run.info})
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     torch.set_num_threads(state.threads)
     run.rows = state.rows
-    run.info |= {"threads": state.threads, "precision": state.precision, "compiled": compile}
+    run.info |= {"threads": state.threads, "precision": state.precision}
     return state
-
-
-def _forward(run, config, bar, progress, compile):
-    """The model, compiled if asked for; what cannot be had here is said."""
-
-    def tell(text):
-        bar.note(text)
-        if progress:
-            watch.warn(text)
-
-    def fall_back(reason):
-        run.info["compiled"] = False
-        tell(f"torch.compile fails here ({reason}): trained without it")
-
-    if config.precision == "bf16" != run.info["precision"]:
-        tell(f"{run.info['device']} does not compute in bf16: trained in float32")
-    return machine.compiled(run.model, fall_back) if compile else run.model
 
 
 def _score_epoch(run, state, data, config) -> None:
@@ -218,22 +211,19 @@ def _score_epoch(run, state, data, config) -> None:
 def _require_finite(run, state, data, config, val_loss=0.0) -> None:
     """Raise RunError if a loss of this epoch is not finite; the best weights are saved before."""
     state.count()
-    losses = [*state.losses.tolist(), val_loss]
+    losses, steps = [*state.losses.tolist(), val_loss], data.train.num_batches(config.batch_size)
     bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
     if bad is None:
         return
     what = "loss" if bad < state.batch else "validation loss"
-    batch, steps = min(bad, state.batch - 1), data.train.num_batches(config.batch_size)
-    lr = config.lr * lr_factor(config, state.epoch * steps + batch, steps)
-    kept = "there is none yet"
+    step, kept = min(bad, state.batch - 1), "there is none yet"
+    lr = config.lr * lr_factor(config, state.epoch * steps + step, steps)
     if state.best_epoch:
-        save_weights(run.path / "best.safetensors", state.best_weights)
-        kept = f"{run.path / 'best.safetensors'} (epoch {state.best_epoch})"
-    raise RunError(
-        f"train: {run.name}: the {what} became {losses[bad]} in epoch {state.epoch + 1}, "
-        f"step {batch + 1} of {steps}, at learning rate {lr:.3g}. "
-        f"Last good checkpoint: {kept}. Try a lower lr."
-    )
+        save_weights(run.weights, state.best_weights)
+        kept = f"{run.weights} (epoch {state.best_epoch})"
+    moment = f"epoch {state.epoch + 1}, step {step + 1} of {steps}, at learning rate {lr:.3g}"
+    problem = f"train: {run.name}: the {what} became {losses[bad]} in {moment}"
+    raise RunError(f"{problem}. Last good checkpoint: {kept}. Try a lower lr.")
 
 
 def _finish(run, state, reason) -> None:
@@ -242,7 +232,7 @@ def _finish(run, state, reason) -> None:
     run.info["seconds"] = round(sum(row["seconds"] for row in run.rows) + state.epoch_seconds, 3)
     run.info["finished"] = datetime.date.today().isoformat()
     if reason != "interrupted":
-        run.path = finish(run.path, run.name, run.key, run.info, run.rows, state.best_weights)
+        finish(run, state.best_weights)
         (run.path / "last.pt").unlink(missing_ok=True)
     if state.best_weights:
         run.model.load_state_dict(state.best_weights)
@@ -251,39 +241,23 @@ def _finish(run, state, reason) -> None:
 def _describe(model, data, config, name, track) -> Run:
     """The run with all that is known before it is trained, its key above all."""
     spec, weights = identify(model, config.seed)
-    info = {
-        "model": spec,
-        "weights": weights,
-        "parameters": num_parameters(model),
-        "config": dataclasses.asdict(config),
-        "data": {
-            **{name: getattr(data, name) for name in ("name", "source", "fingerprint")},
-            "images": {split: len(getattr(data, split)) for split in ("train", "val", "test")},
-        },
-        "device": machine.device_name(data.train.images.device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    key = run_key(config, spec, weights, data)
-    return Run(name=name, key=key, info=info, rows=[], path=runs_dir(), model=model, track=track)
+    info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
+    info["config"] = dataclasses.asdict(config)
+    info["data"] = {"name": data.name, "source": data.source, "fingerprint": data.fingerprint}
+    splits = ("train", "val", "test")
+    info["data"]["images"] = {split: len(getattr(data, split)) for split in splits}
+    info["device"] = machine.device_name(data.train.images.device)
+    info |= {"torch": torch.__version__, "python": platform.python_version()}
+    key = run_key(config, spec, weights, data.fingerprint)
+    return Run(name, key, info, rows=[], path=runs_dir(), model=model, track=track)
 
 
-def _check_arguments(model, data, config, name, checkpoint_seconds) -> None:
-    """Raise ValueError for what cannot be trained; move the model to the data's device."""
-    kinds = {"model": nn.Module, "data": ImageData, "config": TrainConfig}
-    for (argument, kind), value in zip(kinds.items(), (model, data, config)):
-        if not isinstance(value, kind):
-            raise ValueError(f"train: {argument} = {value!r} is no {kind.__name__}.")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise ValueError(f"train: name = {name!r}. Use letters, digits, '.', '_' and '-' only.")
-    seconds = {"checkpoint_seconds": checkpoint_seconds}
-    check("train", dict.fromkeys(seconds, NonNegativeFloat), seconds)
-    split, shape = data.train, data.image_shape
+def _require_trainable(model, data, config) -> None:
+    """Raise ValueError for what does not fit together; move the model to the data's device."""
+    split, shape, classes = data.train, data.image_shape, data.num_classes
     if config.batch_size > len(split):
-        raise ValueError(
-            f"train: batch_size = {config.batch_size} is larger than the training split of "
-            f"{len(split)} images. Choose at most {len(split)}."
-        )
+        allowed = f"Choose at most {len(split)}, the images of the training split."
+        raise ValueError(f"train: batch_size = {config.batch_size}. {allowed}")
     require_fit(config.augment, shape)
     if not num_parameters(model):
         raise ValueError("train: the model has no parameter that requires a gradient.")
@@ -292,13 +266,10 @@ def _check_arguments(model, data, config, name, checkpoint_seconds) -> None:
     try:
         outputs = predict(model, two).shape[1]
     except RuntimeError as error:
-        raise ValueError(
-            f"train: the model cannot take images of shape {shape} ({first_line(error)}). "
-            f"Build it for data.image_shape, an MLP with in_features={data.num_features}."
-        ) from error
+        problem = f"the model cannot take images of shape {shape} ({first_line(error)})"
+        remedy = f"Build it for data.image_shape, an MLP with in_features={data.num_features}."
+        raise ValueError(f"train: {problem}. {remedy}") from error
     # On a GPU this shows late, and takes the whole process with it.
-    if outputs != data.num_classes:
-        raise ValueError(
-            f"train: the model has {outputs} outputs, the data {data.num_classes} classes. "
-            f"Build it with num_classes={data.num_classes}."
-        )
+    if outputs != classes:
+        problem = f"the model has {outputs} outputs, the data {classes} classes"
+        raise ValueError(f"train: {problem}. Build it with num_classes={classes}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from ..base.settings import TrainConfig
 
 
-def stop_reason(rows: Sequence[dict[str, float]], config: TrainConfig) -> str | None:
+def stop_reason(rows: list[dict[str, float]], config: TrainConfig) -> str | None:
     """Why training ends after these epochs; None if it goes on.
 
     Stagnation: `patience` epochs without a better config.monitor.

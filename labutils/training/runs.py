@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import copy
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import nn
 
-from ..base.files import atomic_write, models_dir, runs_dir
+from ..base.files import models_dir, runs_dir
 from ..base.settings import first_line
 from ..data.tensors import ImageData
 from ..evaluation import metrics
 from . import cards
 from .cards import RunError, load_weights, save_weights
-from .watch import close_mirrors, open_mirrors, warn
+from .watch import open_mirrors, show_mirrors, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 class Run:
     """One training: what went in, what came out.
 
-    model holds the weights of the best epoch; None for a published run that is its card alone.
     info: model spec, config, data, versions, device, precision, compiled, seconds, epochs,
     best_epoch, stop_reason.
     """
@@ -46,7 +43,7 @@ class Run:
     info: dict[str, Any]
     rows: list[dict[str, float]]
     path: Path  # the run's folder, or the card of a published run
-    model: nn.Module | None = None
+    model: nn.Module | None = None  # of the best epoch; None where only the card was published
     stored: bool = False  # found in the store, not trained by this call
     track: Any = None  # what train was asked to mirror to; test metrics go there too
     _scores: dict[str, metrics.Metrics] = field(default_factory=dict, repr=False)
@@ -73,9 +70,8 @@ class Run:
     @property
     def weights(self) -> Path:
         """Where the weights of the best epoch are, if they are stored."""
-        if self.path.is_dir():
-            return self.path / "best.safetensors"
-        return self.path.with_suffix(".safetensors")
+        beside, inside = self.path.with_suffix(".safetensors"), self.path / "best.safetensors"
+        return inside if self.path.is_dir() else beside
 
     def best(self, column: str) -> float:
         """A column of the history at the best epoch, whose weights were kept.
@@ -92,66 +88,58 @@ class Run:
         In the precision of its training, where it can be had. tta: as for predict, stored apart.
         Raises RunError if the run was trained on other data, or has neither metrics nor weights.
         """
-        if data.fingerprint != self.info["data"]["fingerprint"]:
+        trained, asked = self.info["data"]["fingerprint"], data.fingerprint
+        if asked != trained:
+            problem = f"trained on data {trained}, asked to test on {asked}"
             raise RunError(
-                f"{self.name}: trained on data {self.info['data']['fingerprint']}, asked to test "
-                f"on {data.fingerprint}. Load the data with the same name, val_size and seed."
+                f"{self.name}: {problem}. Load it with the same name, val_size and seed."
             )
         name = "test_flip" if tta else "test"
-        if name not in self._scores:
-            # A copy with the stored weights: the caller may have gone on changing the model.
-            model = copy.deepcopy(self.require_model())
-            if self.weights.exists():
-                load_weights(model, self.weights)
-            precision = self.info.get("precision", "float32")
-            found = metrics.evaluate(model, data.test, precision=precision, tta=tta)
-            self._scores[name] = found
-            # An unfinished run goes on in its folder, and its weights will be others.
-            if self.path.is_dir() and self.stop_reason != "interrupted":
-                self._store_score(name, found)
-        return self._scores[name]
-
-    def _store_score(self, name: str, found: metrics.Metrics) -> None:
-        card = self.path / "card.json"
-        try:
-            cards.write(card, cards.read(card) | {name: asdict(found)})
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
-        named = {"name": self.name, "key": self.key, "folder": self.path}
-        mirrors = open_mirrors(self.track, **named, settings=self.info)
-        values = {"loss": found.loss, "accuracy": found.accuracy}
-        close_mirrors(mirrors, {f"{name}/{score}": value for score, value in values.items()})
+        if name in self._scores:
+            return self._scores[name]
+        # A copy with the stored weights: the caller may have gone on changing the model.
+        model = copy.deepcopy(self.require_model())
+        if self.weights.exists():
+            load_weights(model, self.weights)
+        precision = self.info.get("precision", "float32")
+        found = metrics.evaluate(model, data.test, precision=precision, tta=tta)
+        self._scores[name], card = found, self.path / "card.json"
+        # An unfinished run goes on in its folder, and its weights will be others.
+        if self.path.is_dir() and self.stop_reason != "interrupted":
+            try:
+                cards.write(card, cards.read(card) | {name: asdict(found)})
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
+            numbers = {f"{name}/loss": found.loss, f"{name}/accuracy": found.accuracy}
+            show_mirrors(open_mirrors(self), numbers, final=True)
+        return found
 
     def require_model(self) -> nn.Module:
         """The model with its best weights. Raises RunError where only the card was published."""
         if self.model is None:
-            raise RunError(
-                f"{self.name}: only the card of this run is published ({self.path.name}), "
-                "not its weights. Call train with retrain=True to have them."
-            )
+            problem = f"only the card of this run is published ({self.path.name}), not its weights"
+            raise RunError(f"{self.name}: {problem}. To have them, train with retrain=True.")
         return self.model
 
     def __str__(self) -> str:
-        trained = f"{self.info['finished']} on {self.info['device']}, torch {self.info['torch']}"
-        origin = f"loaded, trained {trained}" if self.stored else "trained"
         if not self.rows:
             return f"{self.name}: {self.stop_reason} in the first epoch"
-        return (
-            f"{self.name}: {origin}; {self.epochs} epochs, {self.seconds:.1f} s, "
-            f"val accuracy {100 * self.best('val_accuracy'):.2f} % at epoch "
-            f"{self.info['best_epoch']}; {self.stop_reason}"
-        )
+        info, accuracy = self.info, 100 * self.best("val_accuracy")
+        where = f"loaded, trained {info['finished']} on {info['device']}, torch {info['torch']}"
+        what = f"{where if self.stored else 'trained'}; {self.epochs} epochs, {self.seconds:.1f} s"
+        best = f"val accuracy {accuracy:.2f} % at epoch {info['best_epoch']}"
+        return f"{self.name}: {what}, {best}; {self.stop_reason}"
 
 
 def find(key: str, model: nn.Module) -> Run | None:
     """The finished run with this key, its weights loaded into model; None if there is none.
 
-    Raises RunError if it is there but damaged: if its card, the card's name, the key or the weights
-    are not those that were stored together.
+    Raises RunError if card, name, key and weights are not those that were stored together.
     """
     # A kill in the middle of finish leaves the older run as the only finished one.
-    folders = _folders(key) or _folders(f"{key}.old")
-    path = next(chain(folders, _published(key)), None)
+    path = next(
+        iter(_folders(key) or _folders(f"{key}.old") or models_dir().glob(f"*-{key}.json")), None
+    )
     if path is None:
         return None
     try:
@@ -169,10 +157,9 @@ def find(key: str, model: nn.Module) -> Run | None:
             run.model = model
     # Text that is valid JSON but of another shape fails with an error of Python's own.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"the stored run {path} is damaged ({type(error).__name__}: {error}). "
-            "Remove it, or call train with retrain=True to replace it."
-        ) from error
+        problem = f"the stored run {path} is damaged ({type(error).__name__}: {error})"
+        advice = "Remove it, or call train with retrain=True to replace it."
+        raise RunError(f"{problem}. {advice}") from error
     return run
 
 
@@ -180,53 +167,30 @@ def _folders(ending: str) -> list[Path]:
     return [path for path in sorted(runs_dir().glob(f"*-{ending}")) if path.is_dir()]
 
 
-def _published(key: str) -> list[Path]:
-    return sorted(models_dir().glob(f"*-{key}.json"))
-
-
-def _card(run: Run, *, weights: str | None, command: str | None) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "key": run.key,
-        "digest": None,
-        "weights": weights,
-        "command": command,
-        "test": None,
-        **{name: asdict(found) for name, found in run._scores.items()},
-        "info": run.info,
-        "history": {name: [row[name] for row in run.rows] for name in run.rows[0]},
-    }
-
-
-@contextmanager
-def disk_errors(owner: str, folder: Path) -> Iterator[None]:
-    """Say of an OSError inside of the block who could not write where, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{owner}: cannot write to {folder} ({error.strerror or error}). What was saved before "
-            "is whole. Free space or set LABUTILS_RUNS to a folder that can be written, then go on."
-        ) from error
+def _write_card(path: Path, run: Run, weights: Path, command: str | None) -> None:
+    card = {"name": run.name, "key": run.key, "digest": None}
+    card["weights"] = cards.sha256(weights) if weights.exists() else None
+    card |= {"command": command, "test": None}
+    card |= {name: asdict(found) for name, found in run._scores.items()}
+    card |= {"info": run.info, "history": {k: [row[k] for row in run.rows] for k in run.rows[0]}}
+    cards.write(path, card)
 
 
 @contextmanager
 def store_lock(key: str) -> Iterator[None]:
     """Held while a run is trained, so that a second process waits for it instead of repeating it.
 
-    Raises OSError if the runs folder cannot be written.
+    Raises RunError for an OSError inside of the block: who could not write where, and what to do.
     """
-    locks = runs_dir() / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(locks / f"{key}.lock")
+    lock = runs_dir() / ".locks" / f"{key}.lock"
     try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        if sys.stderr.isatty():
-            print(f"another process trains run {key}: waiting for it", file=sys.stderr)
-        held = lock.acquire()
-    with held:
-        yield
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            yield
+    except OSError as error:
+        problem = f"train: cannot write to {runs_dir()} ({error.strerror or error})"
+        advice = "Free space or set LABUTILS_RUNS to a folder that can be written, then go on."
+        raise RunError(f"{problem}. What was saved before is whole. {advice}") from error
 
 
 def open_part(name: str, key: str) -> Path:
@@ -239,38 +203,29 @@ def open_part(name: str, key: str) -> Path:
     return part
 
 
-def finish(
-    part: Path, name: str, key: str, info: dict, rows: list[dict], weights: dict[str, torch.Tensor]
-) -> Path:
-    """Write weights and card into part and rename it to NAME-KEY, in place of an older run.
-
-    Killed at any moment, it leaves the older run or this one. Returns the new path.
-    """
-    save_weights(part / "best.safetensors", weights)
-    run = Run(name, key, info, rows, part)
-    cards.write(part / "card.json", _card(run, weights=cards.sha256(run.weights), command=None))
-    path = part.with_name(f"{name}-{key}")
-    for older in _folders(key):
+def finish(run: Run, weights: dict[str, torch.Tensor]) -> None:
+    """Put a run in place of an older one: killed at any moment, it leaves one of the two."""
+    save_weights(run.weights, weights)
+    _write_card(run.path / "card.json", run, run.weights, command=None)
+    for older in _folders(run.key):
         aside = older.with_name(f"{older.name}.old")
         # A kill during an earlier replacement may have left one behind, half removed.
         if aside.exists():
             shutil.rmtree(aside)
         older.rename(aside)
-    part.rename(path)
-    for aside in _folders(f"{key}.old"):
+    run.path = run.path.rename(run.path.with_name(f"{run.name}-{run.key}"))
+    for aside in _folders(f"{run.key}.old"):
         shutil.rmtree(aside)
-    return path
 
 
 def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Path:
     """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
 
     It takes the place of a card with the same key. What is published already keeps its weights.
-    command: what measures the card's numbers again. half: store the weights as float16, which takes
-    half the space and changes each by less than a thousandth of itself, or by 3e-8 if it is tiny;
-    the card keeps the metrics of the weights as they were.
-    Raises RunError for an unfinished run, where weights are asked for and there are none, or where
-    one is too large for float16; ValueError for a name that is no file name or a key not its own.
+    command: what measures the card's numbers again. half: weights as float16, each changed by less
+    than a thousandth of itself, or 3e-8 if tiny; the metrics stay those of the whole weights.
+    Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
+    ValueError for a name that is no file name or a key not its own.
     """
     if run.stop_reason == "interrupted":
         raise RunError(f"{run.name}: interrupted runs are not published. Train it to the end.")
@@ -281,18 +236,15 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
         run.require_model()
     if weights and run.path != path:
         if not run.weights.exists() or cards.read(run.path / "card.json")["info"] != run.info:
+            problem = f"{run.weights} is gone; another run of the same settings has replaced it"
             raise RunError(
-                f"{run.name}: {run.weights} is gone; another run of the same settings has replaced "
-                "it. Give every run settings of its own, a seed for example."
+                f"{run.name}: {problem}. Give every run settings of its own, a seed say."
             )
-        content = run.weights.read_bytes()
-        with atomic_write(stored) as file:
-            file.write(cards.halved(run.name, content) if half else content)
+        cards.copy_weights(run.weights, stored, half=half)
     elif run.path != path:
         stored.unlink(missing_ok=True)
-    kept = cards.sha256(stored) if stored.exists() else None
-    cards.write(path, _card(run, weights=kept, command=command))
-    for older in _published(run.key):
+    _write_card(path, run, stored, command)
+    for older in models_dir().glob(f"*-{run.key}.json"):
         if older != path:
             older.unlink()
             older.with_suffix(".safetensors").unlink(missing_ok=True)

@@ -6,76 +6,54 @@ A mirror that fails costs one warning, one that hangs a minute; neither costs th
 from __future__ import annotations
 
 import atexit
+import functools
 import io
 import netrc
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from ..base.settings import first_line
+from ..base.settings import check, first_line
 
 PATIENCE = 60.0  # seconds that a mirror may take for one call
 
 _wandb_offline = False  # set by the first failure, so that a sweep waits and warns only once
 
-
-class Mirror(NamedTuple):
-    """Somewhere else that sees a run."""
-
-    name: str
-    log: Callable[[dict[str, float]], Any]  # takes the row of an epoch
-    close: Callable[[dict[str, float]], Any]  # takes the final numbers
+# A mirror takes the row of an epoch and False, or the final numbers and True.
+Mirror = Callable[[dict[str, float], bool], None]
 
 
-def open_mirrors(
-    track: str | Sequence[str] | None, *, name: str, key: str, folder: Path, settings: dict
-) -> list[Mirror]:
-    """Start the mirrors that track asks for.
+def open_mirrors(run: Any) -> dict[str, Mirror]:
+    """Start the mirrors of a Run that run.track asks for.
 
-    track: 'auto' is W&B when it is installed and WANDB_MODE is set or a login is stored, and
-        nothing otherwise; a list of 'wandb' and 'tensorboard' asks for them by name; None or [] is
-        nothing. W&B without a login, or out of reach, records offline, with one warning.
-    Raises ValueError for another name, ModuleNotFoundError if the package is not installed.
+    'auto' is W&B when it is installed and WANDB_MODE is set or a login is stored, and nothing
+    otherwise; a list of 'wandb' and 'tensorboard' asks for them by name; None or [] is nothing.
+    W&B without a login, or out of reach, records offline, with one warning.
+    Raises ValueError for another name.
     """
-    if track == "auto":
+    kinds = [run.track] if isinstance(run.track, str) else list(run.track or [])
+    if kinds == ["auto"]:
         asked = os.environ.get("WANDB_MODE") or _wandb_login()
-        track = ["wandb"] if asked and find_spec("wandb") else []
-    mirrors: list[Mirror] = []
+        kinds = ["wandb"] if asked and find_spec("wandb") else []
     starts = {"wandb": _wandb, "tensorboard": _tensorboard}
-    wanted = [track] if isinstance(track, str) else list(track or [])
-    for kind in wanted:
-        if kind not in starts:
-            allowed = f"'auto', None, or a list of {', '.join(starts)}"
-            raise ValueError(f"train: track = {track!r} names {kind!r}. Allowed: {allowed}.")
-        if find_spec(kind) is None:
-            missing = f"{kind!r}, which is not installed. Run: pip install {kind}"
-            raise ModuleNotFoundError(f"train: track names {missing}")
-    for kind in wanted:
-        mirrors += _try(kind, starts[kind], name, key, folder, settings)
-    return mirrors
+    check("train", {"track": list[Literal[*starts]]}, {"track": kinds})
+    return {kind: mirror for kind in kinds for mirror in _try(kind, starts[kind], run)}
 
 
-def log_row(mirrors: list[Mirror], row: dict[str, float]) -> None:
-    """Show one finished epoch to all; a mirror that fails is taken off the list."""
-    for mirror in list(mirrors):
-        if not _try(mirror.name, mirror.log, row):
-            mirrors.remove(mirror)
-
-
-def close_mirrors(mirrors: list[Mirror], summary: dict[str, float]) -> None:
-    """Give all the run's final numbers, those of its best epoch for example, and end them."""
-    for mirror in mirrors:
-        _try(mirror.name, mirror.close, summary)
-    mirrors.clear()
+def show_mirrors(mirrors: dict[str, Mirror], row: dict[str, float], final: bool = False) -> None:
+    """Show all the row of an epoch, or the final numbers; one that fails is shown no more."""
+    for name, mirror in list(mirrors.items()):
+        if not _try(name, mirror, row, final):
+            del mirrors[name]
 
 
 def _try(name: str, call: Callable[..., Any], *args: Any) -> list[Any]:
@@ -120,76 +98,70 @@ def _end_wandb(patience: float | None = None) -> None:
 
 
 def _wandb_login() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+    url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     try:
-        host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        login = netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(url).netloc)
     except (OSError, ValueError, netrc.NetrcParseError):
-        return False
+        login = None
+    return bool(os.environ.get("WANDB_API_KEY") or login)
 
 
-def _wandb(name: str, key: str, folder: Path, settings: dict) -> Mirror:
+def _wandb(run: Any) -> Mirror:
     global _wandb_offline
     # Without this W&B greets on stderr, which would stay in a saved notebook.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     # The key makes a resumed run continue its own record instead of opening another.
-    options = {"name": name, "resume": "allow", "dir": str(folder), "config": settings}
+    options = {"name": run.name, "resume": "allow", "dir": str(run.path), "config": run.info}
     options["project"] = os.environ.get("WANDB_PROJECT", "labutils")
     options["settings"] = wandb.Settings(silent=True, console="off", init_timeout=30)
     mode = os.environ.get("WANDB_MODE") or "online"
-    local = mode in ("offline", "dryrun", "disabled")
-    run = trouble = None
-    # Going online without a login would make W&B ask for one.
-    if not local and not _wandb_offline and not _wandb_login():
-        trouble = "no login found"
-    elif local or not _wandb_offline:
-        try:
-            run = wandb.init(id=key, mode=mode, **options)
-        except Exception as error:
-            trouble = f"it is out of reach ({first_line(error)})"
-    # Another id, because W&B still holds the one whose start failed.
-    run = run or wandb.init(id=f"{key}-offline", mode="offline", **options)
+    try:
+        # Going online without a login would make W&B ask for one.
+        if mode not in ("offline", "dryrun", "disabled") and (_wandb_offline or not _wandb_login()):
+            raise ConnectionError("no login found")
+        record = wandb.init(id=run.key, mode=mode, **options)
+    except Exception as error:
+        # Another id, because W&B still holds the one whose start failed.
+        record = wandb.init(id=f"{run.key}-offline", mode="offline", **options)
+        if not _wandb_offline:
+            problem = (
+                f"W&B is out of reach ({first_line(error)}): runs are recorded offline from now"
+            )
+            remedy = (
+                "on. To send them: `wandb login`, then `wandb sync` on the folder wandb of each."
+            )
+            warnings.warn(f"{problem} {remedy}", stacklevel=2)
+        _wandb_offline = True
     # Registered last, it comes before W&B's own, which waits for the service without end.
     atexit.unregister(_end_wandb)
     atexit.register(_end_wandb)
-    if trouble:
-        _wandb_offline = True
-        problem = f"W&B: {trouble}, so runs are recorded offline from now on, in a folder wandb"
-        remedy = "To send them: `wandb login`, then `wandb sync` on that folder."
-        warnings.warn(f"{problem} inside of each. {remedy}", stacklevel=2)
 
-    def close(summary: dict[str, float]) -> None:
-        run.summary.update(summary)
-        run.finish()
+    def show(numbers: dict[str, float], final: bool) -> None:
+        (record.summary.update if final else record.log)(numbers)
+        if final:
+            record.finish()
 
-    return Mirror("W&B", run.log, close)
+    return show
 
 
-def _tensorboard(name: str, key: str, folder: Path, settings: dict) -> Mirror:
+def _tensorboard(run: Any) -> Mirror:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
-    writer.add_text("settings", "\n".join(f"- {k}: {v}" for k, v in settings.items()))
+    writer = SummaryWriter(str(run.path / "tensorboard"))
+    writer.add_text("settings", "\n".join(f"- {k}: {v}" for k, v in run.info.items()))
 
-    def log(row: dict[str, float]) -> None:
-        for column, value in row.items():
-            if column != "epoch":
-                writer.add_scalar(column, value, row["epoch"])
+    def show(numbers: dict[str, float], final: bool) -> None:
+        for name in numbers.keys() - {"epoch"}:
+            writer.add_scalar(name, numbers[name], numbers.get("epoch"))
+        if final:
+            writer.close()
 
-    def close(summary: dict[str, float]) -> None:
-        for label, value in summary.items():
-            writer.add_scalar(label, value)
-        writer.close()
-
-    return Mirror("TensorBoard", log, close)
+    return show
 
 
-_LINE = "{desc} |{bar}| {remaining} left, {rate_fmt}"
 _output: tuple[Any, Any] = (None, None)  # the cell that showed a line last, and its output's handle
-_warned: set[str] = set()
 
 
 def say(text: str) -> None:
@@ -200,42 +172,33 @@ def say(text: str) -> None:
     """
     global _output
     ipython = sys.modules.get("IPython")
-    if ipython is None or ipython.get_ipython() is None:
+    shell = ipython and ipython.get_ipython()
+    if not shell:
         print(text)
-        return
-    cell, handle = ipython.get_ipython().execution_count, _output[1]
-    if handle is not None and cell == _output[0]:
-        handle.update({"text/plain": text}, raw=True)
+    elif shell.execution_count == _output[0]:
+        _output[1].update({"text/plain": text}, raw=True)
     else:
         handle = ipython.display.display({"text/plain": text}, raw=True, display_id=True)
-        _output = cell, handle
+        _output = shell.execution_count, handle
 
 
+@functools.cache
 def warn(text: str) -> None:
     """Say it, but once a session. Python's own warnings go to stderr, which notebooks store."""
-    if text not in _warned:
-        _warned.add(text)
-        say(text)
+    say(text)
 
 
 class _NotebookBar(tqdm):
-    """tqdm in the cell's text output."""
-
-    def __init__(self, **settings: Any) -> None:
-        # Two lines: together they would be wider than the output of a notebook.
-        shape = _LINE.replace(" |{bar}", "\n|{bar:40}")
-        super().__init__(file=io.StringIO(), ascii=False, **settings | {"bar_format": shape})
+    """tqdm in the cell's text output, on two lines: one would be wider than a notebook."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         say(msg or str(self))
 
 
 def watched() -> str | None:
-    """'notebook' in a kernel that JupyterLab started, 'terminal' on a terminal, else None.
-
-    Kernels of papermill and nbval lack JPY_SESSION_NAME; a bar there would only fill the output.
-    """
+    """'notebook' in a kernel that JupyterLab started, 'terminal' on a terminal, else None."""
     if "ipykernel" in sys.modules:
+        # Kernels of papermill and nbval lack this; a bar there would only fill the output.
         return "notebook" if os.environ.get("JPY_SESSION_NAME") else None
     return "terminal" if sys.stderr.isatty() else None
 
@@ -244,35 +207,32 @@ class Progress:
     """Counts images of one training; `epoch` adds the latest scores to the bar and the log."""
 
     def __init__(self, name: str, *, total: int, done: int, log: Path, show: bool) -> None:
-        kind = {"notebook": _NotebookBar, "terminal": tqdm}.get(watched() if show else None)
-        self._bar = kind and kind(
-            desc=name, total=total, initial=done, unit=" images", unit_scale=True, bar_format=_LINE
-        )
+        where = watched() if show else None
+        settings = {"desc": name, "total": total, "initial": done, "unit": " images"}
+        shape, kind = "{desc} |{bar}| {remaining} left, {rate_fmt}", tqdm
+        if where == "notebook":
+            kind, shape = _NotebookBar, shape.replace(" |{bar}", "\n|{bar:40}")
+            settings |= {"file": io.StringIO(), "ascii": False}
+        self._bar = kind(bar_format=shape, unit_scale=True, disable=where is None, **settings)
+        self.step, self._show = self._bar.update, show  # step takes a number of images
         self._name, self._log = name, log.open("a", buffering=1)
         self.note(f"{name}: {'continues' if done else 'starts'} at image {done:,} of {total:,}")
 
-    def step(self, images: int) -> None:
-        if self._bar is not None:
-            self._bar.update(images)
-
     def epoch(self, row: dict[str, float], epochs: int) -> None:
-        self.note(
-            f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.4f} train "
-            f"{row['val_loss']:.4f} val, accuracy {100 * row['train_accuracy']:.2f} % train "
-            f"{100 * row['val_accuracy']:.2f} % val, {row['images_per_second']:,.0f} images/s"
-        )
-        if self._bar is not None:
-            # Short, so that a line of 100 columns holds it beside the bar.
-            scores = (
-                f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} "
-                f"(val {row['val_loss']:.3f}), val accuracy {100 * row['val_accuracy']:.1f} %"
-            )
-            self._bar.set_description_str(f"{self._name}: {scores}", refresh=False)
+        # Short, so that a line of 100 columns holds it beside the bar.
+        scores = f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} "
+        scores += f"(val {row['val_loss']:.3f}), val accuracy {100 * row['val_accuracy']:.1f} %"
+        self._bar.set_description_str(f"{self._name}: {scores}", refresh=False)
+        self.note(f"{scores}, {row['images_per_second']:,.0f} images/s")
 
     def note(self, text: str) -> None:
         self._log.write(f"{text}\n")
 
+    def warn(self, text: str) -> None:
+        self.note(text)
+        if self._show:
+            warn(text)
+
     def close(self) -> None:
         self._log.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

@@ -1,6 +1,5 @@
-"""Precision, memory format, compilation and threads: what is used, and what happens without it."""
+"""Precision, memory format and threads: what is used, and what happens without it."""
 
-import functools
 import os
 import random
 import subprocess
@@ -11,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._inductor.exc import InductorError
 
 import labutils as lab
 from labutils.base import device
-from labutils.base.device import compiled, resolve_device
+from labutils.base.device import resolve_device
 
 CPU, SHAPE = torch.device("cpu"), (3, 16, 16)
 NETWORKS = {
@@ -128,46 +126,6 @@ def test_bf16_is_near_float32_and_trains_weights_in_float32(network, monkeypatch
     grads = [p.grad for p in network.parameters() if p.requires_grad]
     assert {grad.dtype for grad in grads} == {torch.float32}
     assert not torch.is_autocast_enabled("cpu")
-
-
-def test_a_compiled_model_equals_the_model_and_keeps_its_names(monkeypatch):
-    # The compiler itself takes too long for a test; what is compiled for it does not.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    torch.manual_seed(0)
-    model = NETWORKS["SimpleCNN"]()
-    names, failures = list(model.state_dict()), []
-    expected = model(images())
-    forward = compiled(model, failures.append)
-    for count in (5, 2, 5):
-        torch.testing.assert_close(forward(images(5)[:count]), expected[:count])
-    assert list(model.state_dict()) == names
-    assert not failures
-
-
-def not_at_all(model, **options):
-    raise RuntimeError("torch.compile is not supported on Python 4\nat all")
-
-
-def not_when_called(model, **options):
-    def call(images):
-        raise InductorError(RuntimeError("No working C++ compiler found\nin g++"), None)
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ("fake", "why"), [(not_at_all, "on Python 4"), (not_when_called, "No working C++ compiler")]
-)
-def test_a_model_that_cannot_be_compiled_is_called_as_it_is(monkeypatch, fake, why):
-    monkeypatch.setattr(torch, "compile", fake)
-    model, failures = NETWORKS["CNN"](), []
-    expected = model(images())
-    forward = compiled(model, failures.append)
-    for _ in range(2):
-        torch.testing.assert_close(forward(images()), expected, rtol=1e-4, atol=1e-5)
-    [failure] = failures
-    assert why in failure
-    assert "\n" not in failure
 
 
 def test_a_convolution_is_not_kept_to_one_thread():

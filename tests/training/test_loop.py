@@ -1,7 +1,6 @@
 """Training: equal to a bare loop, found again, continued with the same bits, clear in failure."""
 
 import functools
-import inspect
 import itertools
 import json
 import multiprocessing
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import InductorError
 from torch.nn import functional as F
 
 import labutils as lab
@@ -281,8 +281,8 @@ def test_an_interrupted_convolutional_network_goes_on_with_the_same_bits(data, b
     assert_same_run(run, train(data, config, make_cnn(), retrain=True))
 
 
-def test_bf16_is_not_emulated_and_this_is_said_once(data, bf16, capsys, monkeypatch):
-    monkeypatch.setattr(watch, "_said", set())
+def test_bf16_is_not_emulated_and_this_is_said_once(data, bf16, capsys):
+    watch.warn.cache_clear()
     runs = [
         train(data, with_changes(precision="bf16", seed=seed), make_cnn(), progress=seed > 0)
         for seed in range(3)
@@ -300,7 +300,7 @@ def test_a_run_does_not_change_its_precision_on_the_way(data, monkeypatch):
     monkeypatch.setattr(device, "_computes_bf16", lambda device: False)
     train(data, config, on_forward(make_cnn(), 6, interrupt))
     monkeypatch.setattr(device, "_computes_bf16", lambda device: True)
-    with pytest.raises(RunError, match="made on cpu in float32, this is cpu in bf16"):
+    with pytest.raises(RunError, match=r"made for .*'cpu'.*'float32'.* this is .*'cpu'.*'bf16'"):
         train(data, config, make_cnn())
 
 
@@ -342,13 +342,21 @@ def test_compiling_is_no_part_of_the_key_or_the_weights(data, monkeypatch):
 
 
 def test_what_cannot_be_compiled_is_trained_without_and_this_is_said(data, monkeypatch, capsys):
-    def fail(model, **options):
-        raise RuntimeError("no compiler")
+    calls = itertools.count(1)
 
-    monkeypatch.setattr(torch, "compile", fail)
-    monkeypatch.setattr(watch, "_said", set())
+    def compile(model, **options):
+        def call(images):
+            # As when the last batch has another size, for which the model is compiled anew.
+            if next(calls) == 4:
+                raise InductorError(RuntimeError("no compiler\nin g++"), None)
+            return model(images)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    watch.warn.cache_clear()
     run = train(data, compile=True, progress=True)
-    said = "torch.compile fails here (no compiler): trained without it\n"
+    said = "torch.compile fails here (RuntimeError: no compiler): trained without it\n"
     assert capsys.readouterr().out == said
     assert said in (run.path / "train.log").read_text()
     assert not run.info["compiled"]
@@ -413,30 +421,9 @@ def test_the_key_is_made_of_config_spec_and_data(data):
     spec = {"model": "MLP", "in_features": 36, "hidden": [8], "num_classes": 3}
     spec |= {"dropout": 0.2, "batch_norm": True}
     run = train(data)
-    assert run.key == run_key(CONFIG, spec, "seed", data)
+    assert run.key == run_key(CONFIG, spec, "seed", data.fingerprint)
     assert run.info["model"] == spec
     assert train(data, with_changes(weight_decay=0.0, patience=None)).stored
-
-
-def swapped():
-    model = make_model()
-    model[3] = nn.GELU()
-    return model
-
-
-class Doubled(lab.MLP):
-    def forward(self, images):
-        return 2 * super().forward(images)
-
-
-def doubled():
-    torch.manual_seed(0)
-    return Doubled(36, [8], 3, dropout=0.2, batch_norm=True)
-
-
-def longer():
-    model = make_model()
-    return model.append(nn.Linear(3, 3))
 
 
 def frozen():
@@ -450,15 +437,13 @@ def seeded_otherwise():
     return lab.MLP(36, [8], 3, dropout=0.2, batch_norm=True)
 
 
-@pytest.mark.parametrize(
-    "other", [lambda: make_model(9), swapped, doubled, longer, frozen, seeded_otherwise]
-)
+@pytest.mark.parametrize("other", [lambda: make_model(9), frozen, seeded_otherwise])
 def test_another_model_has_another_key(data, other):
     run = train(data)
     found = train(data, model=other())
     assert not found.stored
     assert found.key != run.key
-    assert train(data, model=other()).key == found.key
+    assert train(data, model=other()).stored
 
 
 def test_a_run_tells_where_its_weights_came_from(data):
@@ -478,15 +463,21 @@ def test_other_settings_data_and_weights_have_other_keys(data):
     assert len(set(keys)) == 6
 
 
-def test_any_module_without_a_spec_can_be_trained(data):
-    def make():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+def own_module():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
 
-    run = train(data, model=make())
-    again = train(data, model=make())
-    assert again.stored
+
+def test_a_module_of_your_own_is_trained_anew_each_time_and_this_is_said(data, capsys):
+    watch.warn.cache_clear()
+    run, again = train(data, model=own_module()), train(data, model=own_module())
+    assert capsys.readouterr().out.count("Sequential is trained anew each time") == 1
+    assert not again.stored
+    assert again.key != run.key
     assert_same_run(run, again)
+    assert run.test(data) == lab.evaluate(run.model, data.test)
+    # What its card says holds all the same.
+    assert find(run.key, own_module()).rows == run.rows
 
 
 def test_training_works_outside_of_the_main_thread(data):
@@ -580,9 +571,9 @@ def exit_code(process):
 
 # Each start goes on from where the one before was killed: before or after the n-th call.
 KILLS = [
-    ("before", "os.fsync", 1),  # config.json
-    ("before", "pathlib.Path.replace", 2),  # the first last.pt, written but not in place
-    ("after", "pathlib.Path.replace", 2),  # in place
+    ("before", "os.fsync", 1),  # the first last.pt
+    ("before", "pathlib.Path.replace", 1),  # written but not in place
+    ("after", "pathlib.Path.replace", 1),  # in place
     (
         "before",
         "labutils.training.checkpoint.TrainingState.add",
@@ -624,7 +615,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(data, tmp_path):
     assert run.stored
     log = (run.path / "train.log").read_text()
     images = re.findall(r"(?:starts|continues) at image (\d+) of 144", log)
-    assert images == ["0", "0", "13", "39", "48", "48", "61", "109", "144", "144", "144"]
+    assert images == ["0", "0", "0", "13", "39", "48", "48", "61", "109", "144", "144", "144"]
     assert not list(tmp_path.glob("runs/**/.*.tmp"))
     assert not list(tmp_path.glob("runs/*.part"))
     assert_same_run(run, train(data, EVERYTHING, retrain=True))
@@ -680,7 +671,7 @@ def test_a_full_disk_is_named_and_what_was_saved_is_whole(data, tmp_path, limit)
     message = answer.read_text()
     assert f"train: cannot write to {part.parent} (File too large)" in message
     assert "Free space or set LABUTILS_RUNS" in message
-    assert {path.name for path in part.iterdir()} == {"config.json", "last.pt", "train.log"}
+    assert {path.name for path in part.iterdir()} == {"last.pt", "train.log"}
     run = train(data, model=make_model(width))
     assert "continues at image 26 of" in (run.path / "train.log").read_text()
     assert_same_run(run, train(data, model=make_model(width), retrain=True))
@@ -714,8 +705,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, checkpoint_seconds):
     assert not list(part.glob(".*"))
     kept = make_model()
     load_weights(kept, part / "best.safetensors")
-    logged = float(re.search(r"epoch 1/3, .* (\S+) val, acc", (part / "train.log").read_text())[1])
-    assert lab.evaluate(kept, data.val).loss == pytest.approx(logged, abs=1e-4)
+    logged = float(re.search(r"epoch 1/3, .*val (\S+)\)", (part / "train.log").read_text())[1])
+    assert lab.evaluate(kept, data.val).loss == pytest.approx(logged, abs=1e-3)
 
 
 @pytest.mark.parametrize(("mode", "what"), [(True, "loss"), (False, "validation loss")])
@@ -731,43 +722,11 @@ def test_a_damaged_checkpoint_stops_the_run_with_advice(data):
     train(data, model=on_forward(make_model(), 6, interrupt))
     [last] = Path(os.environ["LABUTILS_RUNS"]).glob("*.part/last.pt")
     last.write_bytes(last.read_bytes()[:1000])
-    wanted = rf"checkpoint {last} cannot be read.*Remove {last.parent} to start this run anew"
+    wanted = (
+        rf"checkpoint {last} does not continue .*damaged.*Remove {last.parent} to start it anew"
+    )
     with pytest.raises(RunError, match=wanted):
         train(data)
-
-
-def changed_forward(multiply):
-    """Two classes that differ in nothing but the code of forward."""
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(36, 3)
-
-        if multiply:
-
-            def forward(self, images):
-                return 2 * self.layer(images.flatten(1))
-        else:
-
-            def forward(self, images):
-                return self.layer(images.flatten(1))
-
-    torch.manual_seed(0)
-    return Net()
-
-
-def test_a_changed_forward_is_another_run(data, monkeypatch):
-    def no_source(kind):
-        raise OSError("typed in")
-
-    monkeypatch.setattr(inspect, "getsource", no_source)
-    first, same, other = (
-        train(data, model=changed_forward(multiply)) for multiply in (False, False, True)
-    )
-    assert first.key == same.key
-    assert same.stored
-    assert other.key != first.key
 
 
 def test_images_that_the_model_cannot_take_are_named(data):
@@ -795,17 +754,13 @@ def mirror(monkeypatch):
     """What reaches a mirror: (what, value), with the folders in the runs folder at that time."""
     calls = []
 
-    def note(what):
-        def call(mirrors, value):
-            assert mirrors == ["mirror"]
-            folders = sorted(path.suffix for path in Path(os.environ["LABUTILS_RUNS"]).glob("*-*"))
-            calls.append((what, value, folders))
+    def note(mirrors, value, final=False):
+        assert mirrors == ["mirror"]
+        folders = sorted(path.suffix for path in Path(os.environ["LABUTILS_RUNS"]).glob("*-*"))
+        calls.append(("close" if final else "row", value, folders))
 
-        return call
-
-    monkeypatch.setattr(watch, "open_mirrors", lambda track, **named: ["mirror"])
-    monkeypatch.setattr(watch, "log_row", note("row"))
-    monkeypatch.setattr(watch, "close_mirrors", note("close"))
+    monkeypatch.setattr(watch, "open_mirrors", lambda run: ["mirror"])
+    monkeypatch.setattr(watch, "show_mirrors", note)
     return calls
 
 
@@ -836,21 +791,27 @@ def all_frozen():
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        ({"config": with_changes(batch_size=49)}, r"batch_size = 49 .*48 images.*at most 48"),
+        (
+            {"config": with_changes(batch_size=49)},
+            r"batch_size = 49\. Choose at most 48, the images of",
+        ),
         (
             {"config": with_changes(augment=lab.Augment(crop=6))},
             "crop = 6 with images of 6x6 pixels: .* at most 5",
         ),
-        ({"config": {"epochs": 3}}, r"config = \{'epochs': 3\} is no TrainConfig"),
-        ({"config": lab.TrainConfig}, "config = .* is no TrainConfig"),
-        ({"model": "MLP"}, "model = 'MLP' is no Module"),
-        ({"model": lab.MLP}, "model = .* is no Module"),
+        (
+            {"config": {"epochs": 3}},
+            r"config = \{'epochs': 3\}. Input should be an instance of TrainConfig",
+        ),
+        ({"config": lab.TrainConfig}, "config = .* an instance of TrainConfig"),
+        ({"model": "MLP"}, "model = 'MLP'. .* an instance of Module"),
+        ({"model": lab.MLP}, "model = .* an instance of Module"),
         ({"checkpoint_seconds": "x"}, "checkpoint_seconds = 'x'"),
         ({"checkpoint_seconds": -1}, "checkpoint_seconds = -1.* greater than or equal to 0"),
         ({"model": all_frozen()}, "no parameter that requires a gradient"),
-        ({"data": "tiny"}, "data = 'tiny' is no ImageData"),
+        ({"data": "tiny"}, "data = 'tiny'. .* an instance of ImageData"),
         *[
-            ({"name": name}, re.escape(f"name = {name!r}. Use letters, digits"))
+            ({"name": name}, re.escape(f"name = {name!r}. ") + "(.*A-Za-z0-9|.* valid string)")
             for name in ("a/b", "../a", "", "a b", "a\n", "é", 3)
         ],
     ],

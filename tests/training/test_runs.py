@@ -10,7 +10,6 @@ import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,7 +126,9 @@ def test_weights_too_large_for_half_precision_are_refused(run):
     with torch.no_grad():
         next(run.model.parameters()).flatten()[0] = 1e5
     save_weights(run.weights, run.model.state_dict())
-    with pytest.raises(RunError, match=r"run: .* up to 1e\+05, float16 ends at 65504.*half=False"):
+    with pytest.raises(
+        RunError, match=r"best.safetensors: .* up to 1e\+05, float16 ends at 65504.*half=False"
+    ):
         publish(run, weights=True, command="", half=True)
 
 
@@ -289,8 +290,9 @@ def kill_at(monkeypatch, moment):
 @pytest.mark.parametrize("moment", range(10))
 def test_a_kill_while_a_run_is_replaced_loses_nothing(run, name, moment):
     def finish_again():
-        part = open_part(name, run.key)
-        return finish(part, name, run.key, run.info, run.rows, run.model.state_dict())
+        again = runs.Run(name, run.key, run.info, run.rows, open_part(name, run.key))
+        finish(again, run.model.state_dict())
+        return again.path
 
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, moment)
@@ -365,8 +367,8 @@ def test_published_runs_are_found_by_what_they_computed():
         card = cards.read(path)
         info = card["info"]
         config = config_of(info["config"])
-        data = SimpleNamespace(fingerprint=info["data"]["fingerprint"])
-        assert run_key(config, info["model"], info.get("weights", "seed"), data) == card["key"]
+        weights, fingerprint = info.get("weights", "seed"), info["data"]["fingerprint"]
+        assert run_key(config, info["model"], weights, fingerprint) == card["key"]
         assert path.stem == f"{card['name']}-{card['key']}"
         assert lab.num_parameters(lab.build(info["model"])) == info["parameters"]
         assert card["command"].startswith("python -m labutils run ")
@@ -447,7 +449,7 @@ def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
     shutil.rmtree(run.path)
     other = dict(run.info, config=run.info["config"] | {"lr": 0.5})
     for changes, wanted in [
-        ({"info": other}, "not the key of its settings"),
+        ({"info": other}, "or the key of its settings"),
         ({"name": "../outside"}, r"\.\./outside-\w+ is not the name of this card"),
         ({"key": "0123456789ab"}, "run-0123456789ab is not the name"),
     ]:
@@ -535,8 +537,8 @@ def test_a_history_is_a_table_that_keeps_every_bit(run):
         {"epoch": 2, "loss": 1.7976931348623157e308, "lr": -0.0},
         {"epoch": 3, "loss": 0.1 + 0.2, "lr": 2.0**-1074 * 3},
     ]
-    part = open_part("run", run.key)
-    finish(part, "run", run.key, run.info, rows, run.model.state_dict())
+    run.rows, run.path = rows, open_part("run", run.key)
+    finish(run, run.model.state_dict())
     found = find(run.key, make_model())
     # repr tells -0.0 from 0.0 and int from float.
     assert repr(found.rows) == repr(rows)

@@ -20,12 +20,10 @@ from IPython import display as ipython_display
 
 from labutils.training import watch
 from labutils.training.watch import (
-    Mirror,
     Progress,
-    close_mirrors,
-    log_row,
     open_mirrors,
     say,
+    show_mirrors,
     warn,
     watched,
 )
@@ -45,9 +43,9 @@ def nobody_to_ask(monkeypatch, tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    def start(track, **replaced):
-        arguments = {"name": "mlp-64", "key": "abc", "folder": tmp_path, "settings": {"lr": 0.1}}
-        return open_mirrors(track, **arguments | replaced)
+    def start(track):
+        named = {"name": "mlp-64", "key": "abc", "path": tmp_path, "info": {"lr": 0.1}}
+        return open_mirrors(SimpleNamespace(track=track, **named))
 
     return start
 
@@ -80,9 +78,9 @@ def test_tensorboard_can_read_what_was_logged(start, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     mirrors = start("tensorboard")
-    log_row(mirrors, ROW)
-    log_row(mirrors, ROW | {"epoch": 2, "val_loss": 0.0625})
-    close_mirrors(mirrors, {"test_accuracy": 0.75})
+    show_mirrors(mirrors, ROW)
+    show_mirrors(mirrors, ROW | {"epoch": 2, "val_loss": 0.0625})
+    show_mirrors(mirrors, {"test_accuracy": 0.75}, final=True)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = [(event.step, event.value) for event in events.Scalars("val_loss")]
     assert found == [(1, pytest.approx(0.123456789)), (2, 0.0625)]
@@ -91,16 +89,17 @@ def test_tensorboard_can_read_what_was_logged(start, tmp_path):
     assert b"lr: 0.1" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_tensorboard_that_is_not_installed_is_named_with_the_remedy(start, monkeypatch):
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_mirror_that_is_not_installed_is_named_and_costs_no_run(start, monkeypatch, kind):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match=r"'tensorboard'.*pip install tensorboard"):
-        start(["tensorboard"])
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.warns(UserWarning, match=f"{kind} stopped recording .*{kind}.*The run goes on"):
+        assert start([kind]) == {}
 
 
 @pytest.mark.parametrize("track", ["neptune", ["wandb", "neptune"]])
 def test_an_unknown_mirror_is_refused_before_any_is_started(start, fake_wandb, track):
-    with pytest.raises(ValueError, match=r"track = .*'neptune'.*'auto', None.*wandb, tensorboard"):
+    with pytest.raises(ValueError, match=r"track.* = 'neptune'.* 'wandb' or 'tensorboard'"):
         start(track)
     assert not fake_wandb.calls
 
@@ -114,7 +113,7 @@ def test_without_a_login_nothing_is_mirrored_or_imported(
         (tmp_path / "netrc").write_text(netrc)
     for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert start(track) == []
+    assert start(track) == {}
 
 
 @pytest.mark.parametrize(
@@ -135,8 +134,8 @@ def test_a_login_without_network_falls_back_to_offline_with_one_warning(
         mirrors = start("auto")
     assert len(caught) == 1
     assert [call["mode"] for call in fake_wandb.calls] == ["online", "offline"]
-    log_row(mirrors, ROW)
-    close_mirrors(mirrors, {"test_loss": 0.5})
+    show_mirrors(mirrors, ROW)
+    show_mirrors(mirrors, {"test_loss": 0.5}, final=True)
     assert (fake_wandb.rows, fake_wandb.summary) == ([ROW], {"test_loss": 0.5})
     assert fake_wandb.finished == 1
 
@@ -190,8 +189,8 @@ def test_wandb_asked_for_by_name_without_a_login_records_offline(start, tmp_path
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        log_row(mirrors, ROW)
-        close_mirrors(mirrors, {"test_loss": 0.987654321})
+        show_mirrors(mirrors, ROW)
+        show_mirrors(mirrors, {"test_loss": 0.987654321}, final=True)
     # W&B writes from a process of its own; this waits until it has ended.
     wandb.teardown()
     (record,) = (tmp_path / "wandb").glob("offline-run-*-abc*/*.wandb")
@@ -204,28 +203,28 @@ def test_disabled_wandb_takes_everything_and_keeps_nothing(start, tmp_path, monk
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         mirrors = start("auto")
-        log_row(mirrors, ROW)
-        close_mirrors(mirrors, {"test_loss": 0.5})
+        show_mirrors(mirrors, ROW)
+        show_mirrors(mirrors, {"test_loss": 0.5}, final=True)
     assert not list(tmp_path.rglob("*.wandb"))
 
 
 def test_a_mirror_that_fails_midway_warns_once_and_is_left_alone():
     seen = []
 
-    def log(row):
+    def show(row, final):
         seen.append(row)
         if len(seen) == 2:
             raise ConnectionError("gone")
 
-    mirrors = [Mirror("Cloud", log, seen.append)]
-    log_row(mirrors, ROW)
+    mirrors = {"Cloud": show}
+    show_mirrors(mirrors, ROW)
     with pytest.warns(UserWarning, match=r"Cloud stopped recording \(gone\)") as caught:
-        log_row(mirrors, ROW)
+        show_mirrors(mirrors, ROW)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        log_row(mirrors, ROW)
-        close_mirrors(mirrors, {"a": 1.0})
+        show_mirrors(mirrors, ROW)
+        show_mirrors(mirrors, {"a": 1.0}, final=True)
     assert len(seen) == 2
 
 
@@ -235,38 +234,38 @@ class Fatal(BaseException):
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyError("a"), AssertionError(), Fatal()])
 def test_a_mirror_that_cannot_close_costs_one_warning_and_others_are_closed(error):
-    def close(summary):
+    def fail(summary, final):
         raise error
 
     closed = []
-    mirrors = [Mirror("Cloud", print, close), Mirror("Board", print, closed.append)]
+    mirrors = {"Cloud": fail, "Board": lambda *shown: closed.append(shown)}
     with pytest.warns(UserWarning, match=r"Cloud stopped recording .*holds it all"):
-        close_mirrors(mirrors, {"a": 1.0})
-    assert closed == [{"a": 1.0}]
+        show_mirrors(mirrors, {"a": 1.0}, final=True)
+    assert closed == [({"a": 1.0}, True)]
 
 
 def test_a_mirror_that_hangs_is_waited_for_only_so_long(monkeypatch):
     monkeypatch.setattr(watch, "PATIENCE", 0.2)
     stuck = threading.Event()
-    mirrors = [Mirror("Cloud", lambda row: stuck.wait(), print)]
+    mirrors = {"Cloud": lambda row, final: stuck.wait()}
     started = time.monotonic()
     with pytest.warns(UserWarning, match=r"Cloud stopped recording \(no answer in 0.2 s\)"):
-        log_row(mirrors, ROW)
+        show_mirrors(mirrors, ROW)
     assert time.monotonic() - started < 5
-    assert mirrors == []
+    assert mirrors == {}
     stuck.set()
 
 
 def test_ctrl_c_reaches_the_training_while_a_mirror_works():
-    def log(row):
+    def show(row, final):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    mirrors = [Mirror("Cloud", log, print)]
+    mirrors = {"Cloud": show}
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            log_row(mirrors, ROW)
+            show_mirrors(mirrors, ROW)
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -291,32 +290,33 @@ def test_nothing_in_the_environment_lets_a_mirror_fail_a_training(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         mirrors = start("auto")
-        log_row(mirrors, ROW)
-        close_mirrors(mirrors, {"test_loss": 0.5})
+        show_mirrors(mirrors, ROW)
+        show_mirrors(mirrors, {"test_loss": 0.5}, final=True)
     assert len([w for w in caught if issubclass(w.category, UserWarning)]) <= 1
 
 
 PROGRAM = """
 import sys, time, psutil
 from pathlib import Path
+from types import SimpleNamespace
 from labutils.training import watch
 def start(folder):
-    named = {"name": "n", "key": "abc", "folder": Path(folder), "settings": {}}
-    return watch.open_mirrors("auto", **named)
+    run = SimpleNamespace(track="auto", name="n", key="abc", path=Path(folder), info={})
+    return watch.open_mirrors(run)
 mirrors = start(sys.argv[1])
 if sys.argv[2] == "at exit":
-    watch.close_mirrors(mirrors, {})
+    watch.show_mirrors(mirrors, {}, final=True)
 [service] = [p for p in psutil.Process().children(recursive=True) if p.name() == "wandb-core"]
 service.suspend()
 watch.PATIENCE = 2.0
 if sys.argv[2] != "at exit":
-    watch.log_row(mirrors, {"epoch": 1, "loss": 0.5})
-    watch.close_mirrors(mirrors, {"a": 1.0})
+    watch.show_mirrors(mirrors, {"epoch": 1, "loss": 0.5})
+    watch.show_mirrors(mirrors, {"a": 1.0}, final=True)
     print("closed", flush=True)
     watch.PATIENCE = 60.0
     again = start(sys.argv[1])
-    watch.log_row(again, {"epoch": 1, "loss": 0.5})
-    watch.close_mirrors(again, {"a": 1.0})
+    watch.show_mirrors(again, {"epoch": 1, "loss": 0.5})
+    watch.show_mirrors(again, {"a": 1.0}, final=True)
     print("again", flush=True)
 """
 
@@ -451,8 +451,7 @@ def test_the_log_can_be_followed_while_training_goes_on(tmp_path):
     for epoch in (1, 2):
         progress.epoch(EPOCH | {"epoch": epoch}, 20)
         assert log.read_text().endswith(
-            f"\nepoch {epoch}/20, loss 0.1234 train 0.2345 val, "
-            "accuracy 95.67 % train 94.32 % val, 12,346 images/s\n"
+            f"\nepoch {epoch}/20, loss 0.123 (val 0.234), val accuracy 94.3 %, 12,346 images/s\n"
         )
     progress.note("finished all 20 epochs")
     lines = log.read_text().splitlines()
@@ -549,8 +548,8 @@ def test_the_runs_of_one_cell_share_one_output(train, notebook, shell):
     assert notebook[-1] == {"text/plain": "loaded too"}
 
 
-def test_a_warning_is_given_once(capsys, monkeypatch):
-    monkeypatch.setattr(watch, "_warned", set())
+def test_a_warning_is_given_once(capsys):
+    warn.cache_clear()
     for text in ("slow", "odd", "slow"):
         warn(text)
     assert capsys.readouterr() == ("slow\nodd\n", "")
