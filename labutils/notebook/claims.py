@@ -39,10 +39,9 @@ class Score:
     def values(self, what: str = "accuracy", *, tta: bool = False) -> pd.Series:
         """One number for each seed, indexed by seed.
 
-        what: a field of Metrics, measured on the test split; a column of the history at the best
-            epoch, such as val_accuracy; or epochs or seconds. Losses are in nats, all else that is
-            measured in percent.
-        tta: measure with test-time augmentation, see predict.
+        what: a field of Metrics, measured on the test split, with test-time augmentation if tta; a
+            column of the history at the best epoch, such as val_accuracy; or epochs or seconds.
+        Losses are in nats, all else that is measured in percent.
         """
         found = {}
         for seed, run in self.runs.items():
@@ -66,6 +65,11 @@ class Score:
         """
         precision = self.first.info.get("precision", "float32")
         return predict(self.first.require_model(), self.data.test, precision=precision).cpu()
+
+    @property
+    def hits(self) -> Tensor:
+        """Which test images that run gets right: bool [N]."""
+        return self.logits.argmax(dim=1) == self.data.test.labels.cpu()
 
     def __str__(self) -> str:
         return mean_std(self.values())
@@ -96,10 +100,9 @@ def tabulate(scores: Mapping[Any, Score], names: Sequence[str]) -> pd.DataFrame:
 
 @dataclass
 class Claims:
-    """What a notebook asserts, with the evidence: each claim holds, fails or is not settled.
+    """What a notebook asserts: each claim holds, fails or is not settled, and none stops anybody.
 
-    As the last expression of a cell it shows the claims made since it was last shown. A claim that
-    fails never stops the person who explores; `python -m labutils run` counts it.
+    As the last expression of a cell it shows the claims made since it was last shown.
     Accuracies are compared seed by seed: a claim is settled by the 95 % t interval of the mean
     difference. One seed or two say too little for that; then McNemar's exact test (1947), 5 %
     two-sided, looks at the first seed's networks: the test images that only one of them gets right.
@@ -143,8 +146,8 @@ class Claims:
         self,
         scores: Mapping[str, Score],
         *,
-        published: Mapping[str, float] | None = None,
-        target: Mapping[str, float] | None = None,
+        published: Mapping[str, float] = {},
+        target: Mapping[str, float] = {},
         headline: bool = True,
     ) -> None:
         """Record the test accuracy of each model, and claim that it reaches its target.
@@ -153,13 +156,10 @@ class Claims:
         headline: whether the tables of all exercises show the rows too, or only those of a sweep.
         """
         for model, score in scores.items():
-            known, goal = (published or {}).get(model), (target or {}).get(model)
-            values = score.values()
+            known, goal, values = published.get(model), target.get(model), score.values()
             if goal:
-                earlier = f", published {known:g} %" if known else ""
-                self.add(
-                    f"{model} reaches {goal:g} %", values.mean() >= goal, f"{score} %{earlier}"
-                )
+                evidence = f"{score} %, published {known:g} %" if known else f"{score} %"
+                self.add(f"{model} reaches {goal:g} %", values.mean() >= goal, evidence)
             self.headline_rows[model] = {
                 "exercise": self.exercise,
                 "model": model,
@@ -181,24 +181,16 @@ class Claims:
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         shown, self._new = [self.rows[claim] for claim in dict.fromkeys(self._new)], []
         lines = [f"{row['verdict']}: {row['claim']} ({row['evidence']})" for row in shown]
-        cells = "".join(
-            f"<tr><td style='text-align:left'>{html.escape(row['claim'])}</td>"
-            f"<td style='text-align:left'>{html.escape(row['evidence'])}</td>"
-            f"<td>{MARKS[row['verdict']]}&nbsp;{row['verdict']}</td></tr>"
-            for row in shown
-        )
-        head = "<tr><th>claim</th><th>evidence</th><th>verdict</th></tr>"
-        reported = {
-            "exercise": self.exercise,
-            "headline": self.headline,
-            "rows": list(self.rows.values()),
-            "headline_rows": list(self.headline_rows.values()),
-        }
-        return {
-            "text/plain": "\n".join(lines) or "no new claim",
-            "text/html": f"<table>{head}{cells}</table>",
-            MEDIA_TYPE: reported,
-        }
+        table = "<table><tr><th>claim</th><th>evidence</th><th>verdict</th></tr>"
+        for row in shown:
+            texts = row["claim"], row["evidence"], f"{MARKS[row['verdict']]} {row['verdict']}"
+            cells = [f"<td style='text-align:left'>{html.escape(text)}</td>" for text in texts]
+            table += f"<tr>{''.join(cells)}</tr>"
+        reported = {"exercise": self.exercise, "headline": self.headline}
+        for name in ("rows", "headline_rows"):
+            reported[name] = list(getattr(self, name).values())
+        plain = "\n".join(lines) or "no new claim"
+        return {"text/plain": plain, "text/html": f"{table}</table>", MEDIA_TYPE: reported}
 
 
 def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
@@ -214,10 +206,7 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
         return apart.mean() - width, apart.mean() + width, evidence
     if isinstance(one, Score) and isinstance(other, Score) and len(apart):
         try:
-            hits = [
-                each.logits.argmax(dim=1) == each.data.test.labels.cpu() for each in (one, other)
-            ]
-            return _mcnemar(*hits, evidence)
+            return _mcnemar(one.hits, other.hits, evidence)
         except RunError:
             evidence += ", no weights stored to compare the images"
     return -math.inf, math.inf, evidence

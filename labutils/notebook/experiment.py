@@ -113,10 +113,8 @@ class Experiment:
         found = self._matching(labels)
         runs = {its_labels["seed"]: run for its_labels, run, _ in found}
         if not found or len(runs) < len(found):
-            raise ValueError(
-                f"score: {labels} are the labels of {len(found)} runs of {len(runs)} seeds. "
-                "Give labels that one comparison of `fit` has alone."
-            )
+            count = f"{len(found)} runs of {len(runs)} seeds"
+            raise ValueError(f"score: {labels} are labels of {count}. Give those of one `fit`.")
         return Score(runs, found[0][2])
 
     @property
@@ -133,10 +131,7 @@ class Experiment:
 
     def histories(self, **labels: Any) -> pd.DataFrame:
         """One row for each epoch of the runs with these labels: labels, seed, epoch, history."""
-        found = [
-            run.history.reset_index().assign(**its_labels)
-            for its_labels, run, _ in self._matching(labels)
-        ]
+        found = [run.history.reset_index().assign(**its) for its, run, _ in self._matching(labels)]
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
     def results(
@@ -169,11 +164,7 @@ class Experiment:
         return table
 
     def publish(
-        self,
-        *,
-        weights: Iterable[Run] = (),
-        figures: Mapping[str, Figure] | None = None,
-        half: bool = False,
+        self, *, weights: Iterable[Run], figures: Mapping[str, Figure], half: bool = False
     ) -> None:
         """Copy all runs into models/ and figures into images/, if the experiment publishes.
 
@@ -185,7 +176,7 @@ class Experiment:
         chosen = {id(run) for run in weights}
         for _, run, _ in self._trained.values():
             publish(run, weights=id(run) in chosen, command=command, half=half)
-        for name, figure in (figures or {}).items():
+        for name, figure in figures.items():
             with atomic_write(images_dir() / f"{name}.png") as file:
                 # Without the software's version, so that the same figure is the same file.
                 figure.savefig(file, format="png", dpi=110, metadata={"Software": None})

@@ -140,7 +140,7 @@ def test_only_an_experiment_that_publishes_does(data, tmp_path, monkeypatch):
     weights = list((tmp_path / "models").glob("*.safetensors"))
     assert [path.stem for path in weights] == [f"9.9_tiny_seed0-{score.first.key}"]
     first = (tmp_path / "images" / "9.9_line.png").read_bytes()
-    ex.publish(figures={"9.9_line": figure})
+    ex.publish(weights=[], figures={"9.9_line": figure})
     assert (tmp_path / "images" / "9.9_line.png").read_bytes() == first
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["9.9_line.png"]
 
@@ -156,7 +156,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(data, tmp_path, monk
 
     ex = lab.Experiment("9.9", data, seeds=[0], publish=True)
     with pytest.raises(OSError, match="disk full"):
-        ex.publish(figures={"old": Broken()})
+        ex.publish(weights=[], figures={"old": Broken()})
     assert (tmp_path / "old.png").read_bytes() == b"old"
     assert [path.name for path in tmp_path.glob("*.png")] == ["old.png"]
 
