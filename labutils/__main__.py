@@ -57,9 +57,7 @@ def run(notebook, profile, given, out, jobs, scheduler) -> int:
     """
     from .notebook import batch, engine, parameters
 
-    values = {
-        name: parameters.from_yaml(text, owner=f"run: -p {name} {text!r}") for name, text in given
-    }
+    values = {name: parameters.from_yaml(text, owner=f"-p {name} {text!r}") for name, text in given}
     full = profile == "full"
     # Only the full profile as it stands makes a report; anything else is an experiment.
     report = full and out is None and set(values) <= {"retrain"}
@@ -67,7 +65,8 @@ def run(notebook, profile, given, out, jobs, scheduler) -> int:
     todo, failures = [], []
     for path in batch.find_notebooks(notebook):
         try:
-            todo.append(batch.prepare(path, folder, values, full=full, report=report))
+            settings = batch.full_parameters(path, report=report) if full else {}
+            todo.append(batch.prepare(path, folder, {**settings, **values}))
         except (RuntimeError, ValueError) as error:
             print(error, file=sys.stderr)
             failures.append(path)
@@ -107,9 +106,7 @@ def sweep(notebook, profile, axes, out, jobs, scheduler) -> int:
 
     path, *others = batch.find_notebooks(notebook)
     if others:
-        raise ValueError(
-            f"sweep: {notebook!r} is several notebooks. Give one, such as {path.stem}."
-        )
+        raise ValueError(f"sweep: {notebook!r} is several notebooks. Give one, say {path.stem}.")
     grid = sweeps.grid(path, axes, full=profile == "full", out=out)
     return sweeps.run(grid, at_once=jobs, scheduler=scheduler)
 

@@ -111,7 +111,7 @@ def test_what_is_stopped_says_so(executed, monkeypatch, capsys):
 def test_a_value_that_is_no_yaml_is_one_line(executed, capsys):
     assert cli.main(["run", "1.1", "-p", "epochs", "[1"]) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("run: -p epochs '[1' is no YAML: ")
+    assert shown.startswith("-p epochs '[1' is no YAML: ")
     assert shown.count("\n") == 1
     assert executed == []
 

@@ -56,7 +56,6 @@ def outcome(seconds: float, bundle: Mapping[str, Any]) -> str:
 def find_notebooks(name: str) -> list[Path]:
     """Notebooks by name, number ('1.1') or 'all', in order. Raises NotebookError if none is."""
     known = {path.stem: path for path in sorted((project_dir() / "notebooks").glob("*.ipynb"))}
-    name = name.removesuffix(".ipynb")
     found = [stem for stem in known if name in ("all", stem) or stem.startswith(f"{name}_")]
     if not found:
         raise NotebookError(f"run: no notebook {name!r}. Known: all, {', '.join(known)}.")
@@ -69,20 +68,15 @@ def full_parameters(notebook: Path, *, report: bool = False) -> dict[str, Any]:
     if not path.exists():
         raise NotebookError(f"run: {notebook.stem} has no full profile ({path} is missing).")
     values = parameters.from_yaml(path.read_text(), owner=str(path))
-    if not report and "publish" in values:
-        values["publish"] = False
-    return values
+    return values if report or "publish" not in values else {**values, "publish": False}
 
 
-def prepare(
-    notebook: Path, folder: Path, given: Mapping[str, Any], *, full: bool = False, report=False
-) -> Job:
-    """A notebook with its parameters. Raises ValueError or NotebookError if they do not fit."""
-    known = parameters.of_notebook(notebook)
-    profile = full_parameters(notebook, report=report) if full else {}
-    values = parameters.check({**profile, **given}, known, owner=f"run: {notebook.stem}")
-    failed = project_dir() / "build" / "failed" / notebook.name
-    return Job(notebook, values, folder.resolve() / notebook.name, failed, notebook.stem)
+def prepare(notebook: Path, folder: Path, given: Mapping[str, Any]) -> Job:
+    """A notebook with parameters, to be executed into a folder. ValueError if they do not fit."""
+    known, name = parameters.of_notebook(notebook), notebook.name
+    values = parameters.check(given, known, owner=f"run: {notebook.stem}")
+    failed = project_dir() / "build" / "failed" / name
+    return Job(notebook, values, folder.resolve() / name, failed, notebook.stem)
 
 
 def read(path: Path) -> nbformat.NotebookNode:

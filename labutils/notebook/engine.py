@@ -45,8 +45,7 @@ def execute_all(
 ) -> int:
     """Execute notebooks; one that fails does not keep the others from it. ended: called for each.
 
-    at_once: how many side by side, by default one a core. scheduler: address of one whose workers
-    decide that instead.
+    at_once: how many, by default one a core. scheduler: address of one whose workers decide that.
     Returns 0, or 128 + the signal's number after Ctrl-C or a kill.
     Raises OSError if there is no scheduler at the address.
     """
@@ -115,17 +114,11 @@ def _execute_apart(job: Job, shares: Sequence[dict[str, str]]) -> tuple[str | No
     worker, started = get_worker(), time.monotonic()
     task = worker.state.tasks[worker.get_current_task()]
     command = [sys.executable, "-m", "labutils.notebook.engine", json.dumps(vars(job), default=str)]
-    share = shares[worker.name] if shares else None
+    options = {"env": shares[worker.name] if shares else None, "stdin": subprocess.PIPE}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         # In a session of its own, so that Ctrl-C in a terminal reaches us alone.
-        with subprocess.Popen(
-            command,
-            env=share,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        ) as process:
+        options |= {"stdout": log, "stderr": log, "start_new_session": True}
+        with subprocess.Popen(command, **options) as process:
             # The state changes when the task is cancelled or the client that wants it is gone.
             while process.poll() is None and task.state == "executing":
                 time.sleep(0.1)

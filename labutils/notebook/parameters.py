@@ -6,7 +6,7 @@ The command line checks them before a kernel starts, `lab.start` in it, for pape
 from __future__ import annotations
 
 import ast
-import re
+import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -42,19 +42,12 @@ RULES |= {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """Takes 1e-3 for a number, which is text in YAML 1.1."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
-)
-
-
 def from_yaml(text: str, *, owner: str) -> Any:
     """The value that a text stands for. Raises ValueError naming its owner if it is no YAML."""
+    with suppress(ValueError):
+        return json.loads(text)  # in YAML 1.1, 1e-3 is no number
     try:
-        return yaml.load(text, _Loader)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or settings.first_line(error)
         raise ValueError(f"{owner} is no YAML: {problem}. Lists are written [3, 10].") from None
@@ -89,11 +82,8 @@ def check(values: Mapping[str, Any], defaults: Mapping[str, Any], *, owner: str)
 
 
 def check_session() -> dict[str, Any] | None:
-    """Check the parameters of the notebook in this kernel, as they are now, and return them.
-
-    None where no executed cell sets `profile`, as outside of a notebook. Raises as check does,
-    for unknown names that papermill injected as well.
-    """
+    """Check the parameters of the notebook in this kernel, as they are now or as papermill injected
+    them, and return them; None where no executed cell sets `profile`. Raises as check does."""
     ipython = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     defaults, injected = {}, {}
     for source in ipython.user_ns["In"] if ipython else []:

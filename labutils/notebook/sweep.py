@@ -71,7 +71,6 @@ def run(jobs: Sequence[Job], *, at_once: int = 1, scheduler: str | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     finished = [job for job in jobs if job.reported() is not None]
     missing = [job for job in jobs if job not in finished]
-    at_once = min(at_once, len(missing) or 1)
     where = f"on {scheduler}" if scheduler else f"{at_once} at a time"
     print(f"{jobs[0].notebook.stem}: {total} combinations, {len(missing)} missing, {where}")
     for number, job in enumerate(finished, start=1):

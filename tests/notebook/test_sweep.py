@@ -129,7 +129,7 @@ def test_a_sweep_is_of_one_notebook(project, notebook, capsys):
     shutil.copy(notebook, notebook.with_name("1.1_other.ipynb"))
     for name in ("1.1", "all"):
         assert cli.main(["sweep", name, "-p", "seed", "0"]) == 1
-        assert "is several notebooks. Give one, such as 1.1_demo." in capsys.readouterr().err
+        assert "is several notebooks. Give one, say 1.1_demo." in capsys.readouterr().err
     assert not (project / "build").exists()
 
 
@@ -313,7 +313,7 @@ def test_lines_tell_success_failure_and_what_was_there(project, notebook, monkey
     jobs[0].failed.touch()
 
     def execute_all(missing, ended, *, at_once, scheduler):
-        assert ([job.label for job in missing], at_once) == (["seed=0", "seed=2"], 2)
+        assert ([job.label for job in missing], at_once) == (["seed=0", "seed=2"], 7)
         ended(missing[0], "ValueError: no\nand more", 3.0)
         finish(missing[1], headline="95 %")
         ended(missing[1], None, 61.7)
@@ -323,7 +323,7 @@ def test_lines_tell_success_failure_and_what_was_there(project, notebook, monkey
     assert sweep.run(jobs, at_once=7) == 1
     captured = capsys.readouterr()
     assert captured.out.splitlines()[:4] == [
-        "1.1_demo: 3 combinations, 2 missing, 2 at a time",
+        "1.1_demo: 3 combinations, 2 missing, 7 at a time",
         "[1/3] seed=1: already there",
         f"[2/3] seed=0: FAILED: ValueError: no; see {jobs[0].failed}",
         "[3/3] seed=2: 62 s, 0 of 0 claims hold. 95 %",
