@@ -9,9 +9,12 @@ import click
 
 from .base.files import data_dir, project_dir
 
-PROFILE = click.option("--profile", type=click.Choice(["quick", "full"]), default="quick")
-OUT = click.option("--out", type=click.Path(path_type=Path), help="Folder for what comes out.")
-SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster that runs.")
+SHARED = [  # by the commands that execute notebooks
+    click.Argument(["notebook"]),
+    click.Option(["--profile"], type=click.Choice(["quick", "full"]), default="quick"),
+    click.Option(["--out"], type=click.Path(path_type=Path), help="Folder for what comes out."),
+    click.Option(["--scheduler"], metavar="ADDRESS", help="Of a Dask cluster that runs."),
+]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,13 +40,9 @@ def commands() -> None:
     """Run notebooks, look after data, collect results."""
 
 
-@commands.command()
-@click.argument("notebook")
-@PROFILE
+@commands.command(params=[*SHARED])
 @click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE")
-@OUT
 @click.option("--jobs", type=click.IntRange(1), help="Notebooks at a time; default: one a core.")
-@SCHEDULER
 def run(notebook, profile, given, out, jobs, scheduler) -> int:
     """Execute NOTEBOOK: its number (1.1), its name, or all.
 
@@ -83,13 +82,9 @@ def run(notebook, profile, given, out, jobs, scheduler) -> int:
     return status or int(bool(failures))
 
 
-@commands.command()
-@click.argument("notebook")
-@PROFILE
+@commands.command(params=[*SHARED])
 @click.option("-p", "axes", nargs=2, multiple=True, required=True, metavar="NAME VALUES")
-@OUT
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Notebooks at a time; default: 1.")
-@SCHEDULER
 def sweep(notebook, profile, axes, out, jobs, scheduler) -> int:
     """Execute NOTEBOOK once for each combination of values, and print a table of the scores.
 

@@ -96,7 +96,6 @@ def execute(job: Job) -> None:
     Raises NotebookError if a cell fails, and keeps what ran where the job says.
     """
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     name, untouched = job.notebook.stem, f"{job.output.name} is as it was."
@@ -114,7 +113,7 @@ def execute(job: Job) -> None:
             shutil.move(draft, job.failed)
             reason = f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"
             raise NotebookError(f"{reason}\nWhat ran is in {job.failed}; {untouched}") from None
-        except DeadKernelError:
+        except RuntimeError:  # DeadKernelError
             reason = f"{name}: its kernel died, as when memory runs out or compiled code crashes."
             raise NotebookError(f"{reason} Try a smaller batch_size; {untouched}") from None
     clean(notebook)

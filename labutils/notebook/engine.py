@@ -58,7 +58,9 @@ def execute_all(
     shares = [] if scheduler else machine_shares(at_once)
     with (
         signals() as stop,
-        nullcontext(scheduler) if scheduler else LocalCluster(at_once, **LOCAL) as cluster,
+        nullcontext(scheduler)
+        if scheduler
+        else LocalCluster(n_workers=at_once, **LOCAL) as cluster,
         Client(cluster, timeout=10) as client,
     ):
         futures = client.map(_execute_apart, jobs, shares=shares, pure=False, retries=RETRIES)

@@ -81,9 +81,9 @@ def check(values: Mapping[str, Any], defaults: Mapping[str, Any], *, owner: str)
     return checked
 
 
-def check_session() -> dict[str, Any] | None:
+def check_session() -> dict[str, Any]:
     """Check the parameters of the notebook in this kernel, as they are now or as papermill injected
-    them, and return them; None where no executed cell sets `profile`. Raises as check does."""
+    them, and return them; none where no executed cell sets `profile`. Raises as check does."""
     ipython = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     defaults, injected = {}, {}
     for source in ipython.user_ns["In"] if ipython else []:
@@ -91,9 +91,7 @@ def check_session() -> dict[str, Any] | None:
             injected = _assigned(source)
         elif "profile" in (assigned := _assigned(source)):
             defaults, injected = assigned, {}
-    if not defaults:
-        return None
-    values = {name: ipython.user_ns[name] for name in [*injected, *defaults]}
+    values = {name: ipython.user_ns[name] for name in [*injected, *defaults] if defaults}
     return check(values, defaults, owner="The parameters cell")
 
 

@@ -20,6 +20,10 @@ from .batch import Job
 if TYPE_CHECKING:
     import pandas as pd
 
+# Columns of the table; a name with a space or a bracket is that of no parameter.
+TITLES = {"model": "model name", "dataset": "data set"}
+TITLES |= {"values": "accuracy (%)", "seconds": "seconds a run"}
+
 
 def grid(
     notebook: Path, axes: Iterable[tuple[str, str]], *, full: bool = False, out: Path | None = None
@@ -67,8 +71,8 @@ def run(jobs: Sequence[Job], *, at_once: int = 1, scheduler: str | None = None) 
 
     Returns the exit status: 0, 1 if a notebook failed, 128 + the signal's number after a signal.
     """
-    total, folder, failures = len(jobs), jobs[0].output.parent, []
-    folder.mkdir(parents=True, exist_ok=True)
+    total, path, failures = len(jobs), jobs[0].output.with_name("table.csv"), []
+    path.parent.mkdir(parents=True, exist_ok=True)
     finished = [job for job in jobs if job.reported() is not None]
     missing = [job for job in jobs if job not in finished]
     where = f"on {scheduler}" if scheduler else f"{at_once} at a time"
@@ -85,8 +89,13 @@ def run(jobs: Sequence[Job], *, at_once: int = 1, scheduler: str | None = None) 
 
     status = engine.execute_all(missing, ended, at_once=at_once, scheduler=scheduler)
     bundles = {job: bundle for job in jobs if (bundle := job.reported()) is not None}
-    if not status:
-        _show(table(bundles), folder / "table.csv")
+    if not status and len(scores := table(bundles)):
+        with atomic_write(path) as file:
+            file.write(scores.to_csv(index=False).encode())
+        print(f"{scores.to_string(index=False)}\nwritten to {path}")
+    elif not status:
+        path.unlink(missing_ok=True)
+        print("No table, because no run recorded a score with Claims.targets.")
     if status or failures:
         line = f"{len(bundles)} of {total} are done. The same command does the others."
         print(line, file=sys.stderr)
@@ -103,10 +112,7 @@ def table(bundles: Mapping[Job, Mapping]) -> pd.DataFrame:
     rows = []
     for job, bundle in bundles.items():
         for row in bundle.get("headline_rows", []):
-            # A name with a space or a bracket is that of no parameter.
-            found = {"model name": row["model"], "data set": row["dataset"]}
-            found |= {"accuracy (%)": row["values"], "seconds a run": row["seconds"]}
-            rows.append({**job.varied, **found})
+            rows.append({**job.varied, **{TITLES[name]: row[name] for name in TITLES}})
     if not rows:
         return pd.DataFrame()
     scores = pd.DataFrame(rows).explode("accuracy (%)").astype({"accuracy (%)": float})
@@ -116,13 +122,3 @@ def table(bundles: Mapping[Job, Mapping]) -> pd.DataFrame:
     numbers.columns = ["mean (%)", "std (%)", "runs (n)"]
     numbers["seconds a run"] = groups["seconds a run"].mean()
     return numbers.round(3).reset_index()
-
-
-def _show(scores: pd.DataFrame, path: Path) -> None:
-    if scores.empty:
-        path.unlink(missing_ok=True)
-        print("No table, because no run recorded a score with Claims.targets.")
-        return
-    with atomic_write(path) as file:
-        file.write(scores.to_csv(index=False).encode())
-    print(f"{scores.to_string(index=False)}\nwritten to {path}")

@@ -187,14 +187,14 @@ def session(monkeypatch):
 
 
 def test_outside_of_a_notebook_there_is_nothing_to_check(monkeypatch):
-    assert parameters.check_session() is None
+    assert parameters.check_session() == {}
     monkeypatch.delitem(sys.modules, "IPython")
-    assert parameters.check_session() is None
+    assert parameters.check_session() == {}
 
 
 def test_a_session_without_a_parameters_cell_has_nothing_to_check(session):
     session("epochs = 0", "# Parameters\nepochs = 1", "this is no Python")
-    assert parameters.check_session() is None
+    assert parameters.check_session() == {}
 
 
 def test_what_papermill_injected_counts(session):
