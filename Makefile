@@ -48,7 +48,7 @@ results: .venv/ready
 	$(BIN)/python -m labutils results
 
 store: .venv/ready
-	$(BIN)/python -m labutils run all --store
+	$(BIN)/python -m labutils run all --out notebooks
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/loop.py

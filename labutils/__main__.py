@@ -9,25 +9,30 @@ import click
 
 from .base.files import data_dir, project_dir
 
-PROFILE = click.option("--profile", type=click.Choice(["quick", "full"]), default="quick")
-OUT = click.option("--out", type=click.Path(path_type=Path), help="Folder for what comes out.")
-SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster that runs.")
+SHARED = [  # by the commands that execute notebooks
+    click.Argument(["notebook"]),
+    click.Option(["--profile"], type=click.Choice(["quick", "full"]), default="quick"),
+    click.Option(["--out"], type=click.Path(path_type=Path), help="Folder for what comes out."),
+    click.Option(["--scheduler"], metavar="ADDRESS", help="Of a Dask cluster that runs."),
+]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 1 after an error or a claim that fails, 2 if the
     command is not understood, 128 + the signal's number after Ctrl-C or a kill, else 0."""
     try:
-        return commands.main(arguments, "python -m labutils", standalone_mode=False) or 0
+        status = commands.main(arguments, "python -m labutils", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        status = error.exit_code
     except click.Abort:  # so click calls Ctrl-C
-        print("Stopped.", file=sys.stderr)
-        return 130
+        status = 130
     except (RuntimeError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
-        return 1
+        status = 1
+    if status > 128:
+        print("Stopped. What has finished is kept.", file=sys.stderr)
+    return status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -35,15 +40,10 @@ def commands() -> None:
     """Run notebooks, look after data, collect results."""
 
 
-@commands.command()
-@click.argument("notebook")
-@PROFILE
-@click.option("-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE")
-@OUT
-@click.option("--store", is_flag=True, help="Write into notebooks/ itself.")
+@commands.command(params=[*SHARED])
+@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE")
 @click.option("--jobs", type=click.IntRange(1), help="Notebooks at a time; default: one a core.")
-@SCHEDULER
-def run(notebook, profile, given, out, store, jobs, scheduler) -> int:
+def run(notebook, profile, given, out, jobs, scheduler) -> int:
     """Execute NOTEBOOK: its number (1.1), its name, or all.
 
     \b
@@ -56,47 +56,35 @@ def run(notebook, profile, given, out, store, jobs, scheduler) -> int:
     """
     from .notebook import batch, engine, parameters
 
-    values = {
-        name: parameters.from_yaml(text, owner=f"run: -p {name} {text!r}") for name, text in given
-    }
+    values = {name: parameters.from_yaml(text, owner=f"-p {name} {text!r}") for name, text in given}
     full = profile == "full"
-    if store and (full or given or out):
-        raise ValueError("run: --store keeps the quick profile as it is; leave out other options.")
     # Only the full profile as it stands makes a report; anything else is an experiment.
     report = full and out is None and set(values) <= {"retrain"}
     folder = out or project_dir() / ("reports" if report else "build")
     todo, failures = [], []
     for path in batch.find_notebooks(notebook):
         try:
-            output = path if store else folder / path.name
-            todo.append(batch.prepare(path, output, values, full=full, report=report))
+            settings = batch.full_parameters(path, report=report) if full else {}
+            todo.append(batch.prepare(path, folder, {**settings, **values}))
         except (RuntimeError, ValueError) as error:
             print(error, file=sys.stderr)
             failures.append(path)
 
     def ended(job: batch.Job, error: str | None, seconds: float) -> None:
         bundle = {} if error else job.reported() or {}
-        text = error or batch.outcome(job.label, seconds, bundle)
+        text = error or f"{job.label}: {batch.outcome(seconds, bundle)}"
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
         fails = any(claim["verdict"] == "fails" for claim in bundle.get("rows", []))
         if error or (fails and not full and not given):
             failures.append(job)
 
     status = engine.execute_all(todo, ended, at_once=jobs, scheduler=scheduler)
-    if status:
-        print("Stopped. What has finished is kept.", file=sys.stderr)
     return status or int(bool(failures))
 
 
-@commands.command()
-@click.argument("notebook")
-@PROFILE
-@click.option(
-    "-p", "--parameter", "axes", nargs=2, multiple=True, required=True, metavar="NAME VALUES"
-)
-@OUT
+@commands.command(params=[*SHARED])
+@click.option("-p", "axes", nargs=2, multiple=True, required=True, metavar="NAME VALUES")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Notebooks at a time; default: 1.")
-@SCHEDULER
 def sweep(notebook, profile, axes, out, jobs, scheduler) -> int:
     """Execute NOTEBOOK once for each combination of values, and print a table of the scores.
 
@@ -111,13 +99,10 @@ def sweep(notebook, profile, axes, out, jobs, scheduler) -> int:
     from .notebook import batch
     from .notebook import sweep as sweeps
 
-    paths = batch.find_notebooks(notebook)
-    if notebook == "all" or len(paths) > 1:
-        raise ValueError(
-            f"sweep: {notebook!r} may be more than one notebook. Give one: "
-            f"{', '.join(path.stem for path in paths)}."
-        )
-    grid = sweeps.grid(paths[0], axes, full=profile == "full", out=out)
+    path, *others = batch.find_notebooks(notebook)
+    if others:
+        raise ValueError(f"sweep: {notebook!r} is several notebooks. Give one, say {path.stem}.")
+    grid = sweeps.grid(path, axes, full=profile == "full", out=out)
     return sweeps.run(grid, at_once=jobs, scheduler=scheduler)
 
 
@@ -134,8 +119,7 @@ def data(names) -> None:
     from .data.sources import EMBEDDED, KNOWN
 
     if not names:
-        for name in EMBEDDED:
-            print(f"{name}: embedded")
+        print(f"embedded: {', '.join(EMBEDDED)}")
         for name, known in KNOWN.items():
             files = [path for path in (f"{name}.npz", known.folder) if (data_dir() / path).exists()]
             print(f"{name}: {files[0] if files else 'not here yet'}")

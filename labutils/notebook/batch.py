@@ -1,7 +1,4 @@
-"""Notebooks without a person: execute one through papermill, collect what the reports found.
-
-`engine` executes many side by side.
-"""
+"""Notebooks without a person: execute one through papermill, collect what the reports found."""
 
 from __future__ import annotations
 
@@ -34,35 +31,31 @@ class Job:
     failed: Path  # where what ran is kept if a cell fails
     label: str  # names it to the user
     key: str | None = None  # of a sweep's code and parameters: other outputs are out of date
-    varied: Mapping[str, Any] = field(default_factory=dict)  # what the sweep sets, as it was given
+    varied: Mapping[str, str] = field(default_factory=dict)  # what the sweep sets, as text
 
     def reported(self) -> dict[str, Any] | None:
         """What the output reports, None if there is none, or only that of another key."""
         try:
             output = read(self.output)
-        except (FileNotFoundError, NotebookError):
+        except NotebookError:
             return None
         key = output.metadata.get("labutils", {}).get("sweep")
         return reported(output) if key == self.key else None
 
 
-def outcome(label: str, seconds: float, bundle: Mapping[str, Any]) -> str:
+def outcome(seconds: float, bundle: Mapping[str, Any]) -> str:
     """A line with time, claims and headline; below it, the claims that fail or are not settled."""
     claims = bundle.get("rows", [])
     others = [claim for claim in claims if claim["verdict"] != "holds"]
     held = f"{len(claims) - len(others)} of {len(claims)} claims hold"
-    lines = [f"{label}: {seconds:.0f} s, {held}. {bundle.get('headline', '')}"]
+    lines = [f"{seconds:.0f} s, {held}. {bundle.get('headline', '')}"]
     lines += [f"  {row['verdict']}: {row['claim']} ({row['evidence']})" for row in others]
     return "\n".join(lines)
 
 
 def find_notebooks(name: str) -> list[Path]:
-    """Notebooks by name, number ('1.1') or 'all', in order.
-
-    Raises NotebookError if there is none.
-    """
+    """Notebooks by name, number ('1.1') or 'all', in order. Raises NotebookError if none is."""
     known = {path.stem: path for path in sorted((project_dir() / "notebooks").glob("*.ipynb"))}
-    name = name.removesuffix(".ipynb")
     found = [stem for stem in known if name in ("all", stem) or stem.startswith(f"{name}_")]
     if not found:
         raise NotebookError(f"run: no notebook {name!r}. Known: all, {', '.join(known)}.")
@@ -70,45 +63,31 @@ def find_notebooks(name: str) -> list[Path]:
 
 
 def full_parameters(notebook: Path, *, report: bool = False) -> dict[str, Any]:
-    """The full profile of a notebook. Raises NotebookError if it has none.
-
-    report: False for an experiment, which publishes nothing.
-    """
+    """The full profile, which publishes a report alone. Raises NotebookError if there is none."""
     path = notebook.parent / "full" / f"{notebook.stem}.yaml"
     if not path.exists():
         raise NotebookError(f"run: {notebook.stem} has no full profile ({path} is missing).")
     values = parameters.from_yaml(path.read_text(), owner=str(path))
-    if not report and "publish" in values:
-        values["publish"] = False
-    return values
+    return values if report or "publish" not in values else {**values, "publish": False}
 
 
-def prepare(
-    notebook: Path, output: Path, given: Mapping[str, Any], *, full: bool = False, report=False
-) -> Job:
-    """A notebook with its parameters, checked. full, report: see full_parameters.
-
-    Raises ValueError or NotebookError if they do not fit.
-    """
-    known = parameters.of_notebook(notebook)
-    profile = full_parameters(notebook, report=report) if full else {}
-    values = parameters.check({**profile, **given}, known, owner=f"run: {notebook.stem}")
-    failed = project_dir() / "build" / "failed" / notebook.name
-    return Job(notebook, values, output.resolve(), failed, notebook.stem)
+def prepare(notebook: Path, folder: Path, given: Mapping[str, Any]) -> Job:
+    """A notebook with parameters, to be executed into a folder. ValueError if they do not fit."""
+    known, name = parameters.of_notebook(notebook), notebook.name
+    values = parameters.check(given, known, owner=f"run: {notebook.stem}")
+    failed = project_dir() / "build" / "failed" / name
+    return Job(notebook, values, folder.resolve() / name, failed, notebook.stem)
 
 
 def read(path: Path) -> nbformat.NotebookNode:
     """A notebook from its file. Raises NotebookError naming it if it is damaged."""
     try:
-        notebook = nbformat.from_dict(json.loads(path.read_text()))
+        notebook = nbformat.from_dict(json.loads(path.read_bytes()))
         nbformat.validate(notebook)
-    except FileNotFoundError:
-        raise
+        return notebook
     except Exception as error:  # JSON that is no notebook fails in many ways
-        raise NotebookError(
-            f"{path} is no notebook ({first_line(error)}). Delete it, or execute it again."
-        ) from None
-    return notebook
+        reason = f"{path} is no notebook ({first_line(error)}). Delete it, or execute it again."
+        raise NotebookError(reason) from None
 
 
 def execute(job: Job) -> None:
@@ -117,53 +96,42 @@ def execute(job: Job) -> None:
     Raises NotebookError if a cell fails, and keeps what ran where the job says.
     """
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
-    name = job.notebook.stem
-    job.output.parent.mkdir(parents=True, exist_ok=True)
+    name, untouched = job.notebook.stem, f"{job.output.name} is as it was."
+    # Kernels warn on the terminal when what they send is not encrypted.
+    config = Config(KernelManager={"transport_encryption": "auto"})
     job.failed.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="labutils-run-") as folder:
         draft = Path(folder) / job.output.name
         try:
-            papermill.execute_notebook(
-                job.notebook,
-                draft,
-                job.parameters,
-                progress_bar=False,
-                # Kernels warn on the terminal when what they send is not encrypted.
-                config=Config(KernelManager={"transport_encryption": "auto"}),
+            notebook = papermill.execute_notebook(
+                job.notebook, draft, job.parameters, progress_bar=False, config=config
             )
         except papermill.PapermillExecutionError as error:
             job.failed.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(draft, job.failed)
-            raise NotebookError(
-                f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
-                f"What ran is in {job.failed}; {job.output.name} is as it was."
-            ) from None
-        except DeadKernelError:
-            raise NotebookError(
-                f"{name}: its kernel died, as it does when memory runs out or compiled code "
-                f"crashes. Try a smaller batch_size; {job.output.name} is as it was."
-            ) from None
-        notebook = clean(nbformat.read(draft, as_version=4))
+            reason = f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"
+            raise NotebookError(f"{reason}\nWhat ran is in {job.failed}; {untouched}") from None
+        except RuntimeError:  # DeadKernelError
+            reason = f"{name}: its kernel died, as when memory runs out or compiled code crashes."
+            raise NotebookError(f"{reason} Try a smaller batch_size; {untouched}") from None
+    clean(notebook)
     if job.key:
         notebook.metadata["labutils"] = {"sweep": job.key}
     with atomic_write(job.output) as file:
         file.write(nbformat.writes(notebook).encode() + b"\n")
 
 
-def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def clean(notebook: nbformat.NotebookNode) -> None:
     """Drop what differs from run to run or names this machine: paths, times, widget state."""
-    for name in ("papermill", "widgets"):
-        notebook.metadata.pop(name, None)
+    for part in (notebook, *notebook.cells):
+        for name in ("papermill", "widgets", "execution", "collapsed", "scrolled"):
+            part.metadata.pop(name, None)
+        if part.metadata.get("tags") == []:  # papermill gives every cell some
+            del part.metadata["tags"]
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
-        for name in ("papermill", "execution", "collapsed", "scrolled"):
-            cell.metadata.pop(name, None)
-        if not cell.metadata.get("tags", True):
-            del cell.metadata["tags"]
-    return notebook
 
 
 def reported(notebook: nbformat.NotebookNode) -> dict[str, Any]:
@@ -183,8 +151,8 @@ def collect(folder: Path) -> list[dict[str, Any]]:
         number = path.stem.partition("_")[0]
         command = f"python -m labutils run {number} --profile full -p retrain true"
         for row in reported(read(path)).get("headline_rows", []):
-            if row.get("headline", True):
-                row = {name: row[name] for name in row if name not in ("values", "headline")}
+            row.pop("values", None)
+            if row.pop("headline", True):
                 rows.append({**row, "command": command, "report": f"{folder.name}/{path.name}"})
     return rows
 
@@ -205,20 +173,15 @@ def write_results(root: Path) -> list[dict[str, Any]]:
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Headline rows as a table for people; a missed target is shown as missed."""
-    lines = [
-        "| exercise | model | data | test accuracy (%), mean ± std | runs | published | target | "
-        "parameters | time a run |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = "| exercise | model | data | test accuracy (%), mean ± std | runs | published | target "
+    lines = [f"{head}| parameters | time a run |", "|---" * 9 + "|"]
     for row in rows:
-        number = row["exercise"]
-        target = "–" if row["target"] is None else f"{row['target']:g}"
-        if row["target"] is not None:
-            target += " reached" if row["mean"] >= row["target"] else " **missed**"
         published = "–" if row["published"] is None else f"{row['published']:g}"
+        verdict = "reached" if row["target"] and row["mean"] >= row["target"] else "**missed**"
+        target = "–" if row["target"] is None else f"{row['target']:g} {verdict}"
         deviation = f" ± {row['std']:.2f}" if row["n"] > 1 else ""
         lines.append(
-            f"| [{number}]({row['report']}) | {row['model']} | {row['dataset']} | "
+            f"| [{row['exercise']}]({row['report']}) | {row['model']} | {row['dataset']} | "
             f"**{row['mean']:.2f}**{deviation} | {row['n']} | {published} | {target} | "
             f"{row['params']:,} | {row['seconds']:g} s |"
         )

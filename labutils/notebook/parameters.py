@@ -1,31 +1,24 @@
 """A notebook's parameters: what its cell tagged `parameters` has, and which values make sense.
 
-The command line checks them before a kernel starts, `lab.start` in the kernel, so that papermill
-alone and a person in JupyterLab get the same errors, in one line and before anything trains.
+The command line checks them before a kernel starts, `lab.start` in it, for papermill and people.
 """
 
 from __future__ import annotations
 
 import ast
-import re
+import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from ..base import settings
 from ..base.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Seed
-
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-
-def _number(value: Any) -> Any:
-    """YAML takes 1e-3 for text."""
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def _choices(values: list) -> list:
@@ -35,23 +28,24 @@ def _choices(values: list) -> list:
 
 
 # What values make sense, by the last words of a parameter's name. The library checks all others.
-# A name with an s added is that of a list of such values: not empty, and none twice.
 RULES = {
     "profile": Literal["quick", "full"],
     "seed": Seed,
-    "epochs": PositiveInt,
+    **dict.fromkeys(["epochs", "width", "depth", "runs"], PositiveInt),
     "batch_size": Annotated[int, Field(ge=2)],  # batch norm has nothing to compare one image with
-    "width": PositiveInt,
-    "depth": PositiveInt,
-    "runs": PositiveInt,
-    "lr": Annotated[PositiveFloat, BeforeValidator(_number)],
-    "distortion": Annotated[NonNegativeFloat, BeforeValidator(_number)],
+    "lr": PositiveFloat,
+    "distortion": NonNegativeFloat,
     "val_size": Annotated[float, Field(gt=0, lt=1)] | PositiveInt,  # a share, or how many images
+}
+RULES |= {
+    f"{name}s": Annotated[list[kind], AfterValidator(_choices)] for name, kind in RULES.items()
 }
 
 
 def from_yaml(text: str, *, owner: str) -> Any:
     """The value that a text stands for. Raises ValueError naming its owner if it is no YAML."""
+    with suppress(ValueError):
+        return json.loads(text)  # in YAML 1.1, 1e-3 is no number
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -60,10 +54,7 @@ def from_yaml(text: str, *, owner: str) -> Any:
 
 
 def of_notebook(path: Path) -> dict[str, Any]:
-    """Names and default values of the cell tagged `parameters`; None for what is no literal.
-
-    Raises ValueError if there is no such cell.
-    """
+    """Names and literals, else None, of the cell tagged `parameters`. ValueError without one."""
     import nbformat
 
     for cell in nbformat.read(path, as_version=4).cells:
@@ -73,78 +64,56 @@ def of_notebook(path: Path) -> dict[str, Any]:
 
 
 def check(values: Mapping[str, Any], defaults: Mapping[str, Any], *, owner: str) -> dict[str, Any]:
-    """Refuse names that a notebook does not have, and values that make no sense for it.
+    """The values; an int given for a float becomes one. defaults: of all parameters.
 
-    defaults: all its parameters. owner: named in the error. Returns the values; an int that is
-    given for a float becomes one. Raises ValueError with one line: name, value, what is allowed.
+    Raises ValueError with one line for a name that is not among them or a value out of place.
     """
+    kinds = {name: NotRequired[_hint(name, default)] for name, default in defaults.items()}
     checked = {}
     for name, value in values.items():
-        if name not in defaults:
-            raise ValueError(
-                f"{owner} has no parameter {name!r}.{settings.suggestion(name, defaults)} "
-                f"It has: {', '.join(defaults)}."
-            )
         try:
-            checked |= settings.check(owner, {name: _hint(name, defaults[name])}, {name: value})
+            checked |= settings.check(owner, kinds, {name: value})
         except ValueError as error:
-            line, default = settings.first_line(error), repr(defaults[name])
             # In a kernel the default may be what somebody wrote there.
-            hint = f" Its default: {default}." if repr(value) != default else ""
-            raise ValueError(line + hint) from None
+            known = name in defaults and repr(defaults[name]) != repr(value)
+            hint = f" Its default: {defaults[name]!r}." if known else ""
+            raise ValueError(settings.first_line(error) + hint) from None
     return checked
 
 
-def check_session() -> dict[str, Any] | None:
-    """Check the parameters of the notebook in this kernel, as they are now, and return them.
-
-    None where no executed cell sets `profile`, as outside of a notebook.
-    Raises ValueError as check does, for unknown names that papermill injected as well.
-    """
+def check_session() -> dict[str, Any]:
+    """Check the parameters of the notebook in this kernel, as they are now or as papermill injected
+    them, and return them; none where no executed cell sets `profile`. Raises as check does."""
     ipython = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    defaults: dict[str, Any] = {}
-    injected: dict[str, Any] = {}
+    defaults, injected = {}, {}
     for source in ipython.user_ns["In"] if ipython else []:
         if source.startswith("# Parameters"):  # so begins the cell that papermill adds
             injected = _assigned(source)
         elif "profile" in (assigned := _assigned(source)):
             defaults, injected = assigned, {}
-    if not defaults:
-        return None
-    values = {name: ipython.user_ns[name] for name in [*injected, *defaults]}
+    values = {name: ipython.user_ns[name] for name in [*injected, *defaults] if defaults}
     return check(values, defaults, owner="The parameters cell")
 
 
 def _assigned(source: str) -> dict[str, Any]:
     """What code assigns at its top level: names and literals, None for other values."""
-    try:
-        statements = [part for part in ast.parse(source).body if isinstance(part, ast.Assign)]
-    except SyntaxError:
-        return {}
-    found = {}
-    for statement in statements:
-        for name in (target.id for target in statement.targets if isinstance(target, ast.Name)):
-            try:
-                found[name] = ast.literal_eval(statement.value)
-            except ValueError:
-                found[name] = None
+    found: dict[str, Any] = {}
+    with suppress(SyntaxError):
+        for statement in ast.parse(source).body:
+            for target in statement.targets if isinstance(statement, ast.Assign) else []:
+                if isinstance(target, ast.Name):
+                    found[target.id] = None
+                    with suppress(ValueError):
+                        found[target.id] = ast.literal_eval(statement.value)
     return found
 
 
 def _hint(name: str, default: Any) -> Any:
     """The type hint of a parameter: by its name if there is a rule for it, else by its default."""
-    words = name.split("_")
-    for ending in ("_".join(words[start:]) for start in range(len(words))):
-        if ending in RULES:
-            return RULES[ending]
-        if ending.endswith("s") and ending[:-1] in RULES:
-            return Annotated[list[RULES[ending[:-1]]], AfterValidator(_choices)]
-    return _like(default)
-
-
-def _like(default: Any) -> Any:
+    while name and name not in RULES:
+        name = name.partition("_")[2]
+    if name:
+        return RULES[name]
     if isinstance(default, list) and len({type(item) for item in default}) == 1:
-        return Annotated[list[_like(default[0])], Field(min_length=1)]
-    if isinstance(default, float):
-        return Annotated[float, BeforeValidator(_number)]
+        return Annotated[list[_hint("", default[0])], Field(min_length=1)]
     return Any if default is None else type(default)

@@ -65,6 +65,8 @@ DEFAULTS = {
         ("lr", float("inf"), "finite"),
         ("lr", float("nan"), "finite"),
         ("lr", "0.1", "valid number"),
+        ("lr", "1e-3", "valid number"),
+        ("momentum", "0.9", "valid number"),
         ("lr", -1, "greater than 0"),
         ("distortions", [], "at least one"),
         ("distortions", [-0.5], "greater than or equal to 0"),
@@ -94,9 +96,7 @@ def test_a_value_that_makes_no_sense_is_refused_in_one_line(name, value, message
     [
         ("seeds", [2**32 - 1, 0], [2**32 - 1, 0]),
         ("lr", 1, 1.0),
-        ("lr", "1e-3", 0.001),
-        ("lrs", ["1e-3", 1, 0.5], [0.001, 1.0, 0.5]),
-        ("momentum", "9E-1", 0.9),
+        ("lrs", [1, 0.5], [1.0, 0.5]),
         ("distortions", [0], [0.0]),
         ("batch_size", 2, 2),
         ("val_size", 5000, 5000),
@@ -115,10 +115,26 @@ def test_a_value_that_makes_sense_becomes_one_of_the_type_of_its_default(name, v
 
 
 def test_an_unknown_name_is_refused_with_a_suggestion():
-    with pytest.raises(ValueError, match=r"^run: 1\.1 has no parameter 'epoch'\. Did you mean 'ep"):
+    with pytest.raises(ValueError, match=r"^run: 1\.1: epoch = 3\. .*\. Did you mean 'epochs'\?"):
         parameters.check({"epoch": 3}, DEFAULTS, owner="run: 1.1")
-    with pytest.raises(ValueError, match=r"'x'\. It has: profile, seeds, depths"):
+    with pytest.raises(ValueError, match=r"^run: 1\.1: x = 3\..* Known: profile, seeds, depths"):
         parameters.check({"x": 3}, DEFAULTS, owner="run: 1.1")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("[1e5, -9E-1, 1.5e+2]", [1e5, -0.9, 150.0]),
+        ("[3, 0.1, 1.5]", [3, 0.1, 1.5]),
+        ("[e3, 1e, 1e3x, '1e3']", ["e3", "1e", "1e3x", "1e3"]),
+        ("{true: ~}", {True: None}),
+    ],
+)
+def test_text_stands_for_the_value_that_it_looks_like(text, value):
+    found = parameters.from_yaml(text, owner="run: -p lr")
+    assert found == value
+    assert type(found) is type(value)
 
 
 @pytest.mark.parametrize("text", ["[1", "{", "a: b: c", "'x", "@", "\t- x"])
@@ -171,14 +187,14 @@ def session(monkeypatch):
 
 
 def test_outside_of_a_notebook_there_is_nothing_to_check(monkeypatch):
-    assert parameters.check_session() is None
+    assert parameters.check_session() == {}
     monkeypatch.delitem(sys.modules, "IPython")
-    assert parameters.check_session() is None
+    assert parameters.check_session() == {}
 
 
 def test_a_session_without_a_parameters_cell_has_nothing_to_check(session):
     session("epochs = 0", "# Parameters\nepochs = 1", "this is no Python")
-    assert parameters.check_session() is None
+    assert parameters.check_session() == {}
 
 
 def test_what_papermill_injected_counts(session):
@@ -192,7 +208,7 @@ def test_what_papermill_injected_counts(session):
         ([CELL.replace("[0, 1]", "[]")], r"The parameters cell: seeds = \[\]\. Give at least one"),
         ([CELL, "# Parameters\nseeds = '[5]'"], r"seeds = '\[5\]'\..* Its default: \[0, 1\]"),
         ([CELL, "# Parameters\nretrain = 'False'"], r"retrain = 'False'\..* Its default: True"),
-        ([CELL, "# Parameters\nseed = [5]"], "cell has no parameter 'seed'. Did you mean 'seeds'"),
+        ([CELL, "# Parameters\nseed = [5]"], r"cell: seed = \[5\]\. .* Did you mean 'seeds'"),
         ([CELL, "seeds = [0, 0]"], "none twice"),
         ([CELL, CELL.replace("[0, 1]", "[-1]")], r"seeds\[0\] = -1"),
     ],
@@ -216,5 +232,7 @@ def test_papermill_alone_notices_an_unknown_name(tmp_path):
     papermill.execute_notebook(tmp_path / "a.ipynb", output, {"seeds": [7]}, progress_bar=False)
     printed = nbformat.read(output, as_version=4).cells[-1].outputs[0].text
     assert printed == "{'seeds': [7], 'profile': 'quick', 'retrain': True}\n"
-    with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'seed'"):
+    with pytest.raises(
+        papermill.PapermillExecutionError, match=r"seed = 7\. .* Did you mean 'seeds'"
+    ):
         papermill.execute_notebook(tmp_path / "a.ipynb", output, {"seed": 7}, progress_bar=False)
