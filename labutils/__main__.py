@@ -62,7 +62,8 @@ def run(notebook, profile, given, out, jobs, scheduler) -> int:
     report = full and out is None and set(values) <= {"retrain"}
     folder = out or project_dir() / ("reports" if report else "build")
     todo, failures = [], []
-    for path in batch.find_notebooks(notebook):
+    # The later an exercise, the longer it takes; a long one that starts last is waited for alone.
+    for path in reversed(batch.find_notebooks(notebook)):
         try:
             settings = batch.full_parameters(path, report=report) if full else {}
             todo.append(batch.prepare(path, folder, {**settings, **values}))
