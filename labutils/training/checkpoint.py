@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import time
@@ -27,8 +28,8 @@ class Average(AveragedModel):
         super().__init__(model, use_buffers=True)
         self._decay = decay
         # Looked up once: a walk through a deep network in every step costs more than the averaging.
-        ours, theirs = ([*part.parameters(), *part.buffers()] for part in (self.module, model))
-        pairs = list(zip(ours, theirs))
+        pairs = [*zip(self.module.parameters(), model.parameters())]
+        pairs += zip(self.module.buffers(), model.buffers())
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._integers = [pair for pair in pairs if not pair[0].is_floating_point()]
 
@@ -84,14 +85,12 @@ class TrainingState:
 
     def end_epoch(self, row: dict[str, float], scored: nn.Module, monitor: str) -> None:
         """Add the row of an epoch, and keep the weights of `scored` if they are the best so far."""
-        sign = 1 if monitor == "val_loss" else -1
-        best = self.rows[self.best_epoch - 1] if self.best_epoch else None
         self.rows.append(row)
         self.epoch, self.batch, self.images, self.hits = row["epoch"], 0, 0, 0
         self.losses, self.epoch_seconds = torch.empty(0), 0.0
-        if best is None or sign * row[monitor] < sign * best[monitor]:
-            weights = scored.state_dict().items()
-            self.best_weights = {name: value.detach().clone() for name, value in weights}
+        *earlier, score = (row[monitor] * (1 if monitor == "val_loss" else -1) for row in self.rows)
+        if not earlier or score < min(earlier):
+            self.best_weights = copy.deepcopy(scored.state_dict())
             self.best_epoch = self.epoch
 
     def summary(self) -> dict[str, float]:
@@ -100,7 +99,7 @@ class TrainingState:
 
 
 def save(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
-    """Write the state and torch's random numbers as one atomic file, behind their SHA-256."""
+    """Write the state and torch's random numbers, atomically, behind their SHA-256."""
     state.count()
     content = {"key": key, "device": device.type, "rng": torch.get_rng_state()}
     if device.type == "cuda":
@@ -127,8 +126,7 @@ def load(path: Path, key: str, state: TrainingState, device: torch.device) -> No
             raise ValueError("it was cut short or is damaged")
         content = torch.load(io.BytesIO(stored[32:]), map_location=device, weights_only=True)
         wanted = {"key": key, "device": device.type, "precision": state.precision}
-        made = {name: content[name] for name in wanted}
-        if made != wanted:
+        if (made := {name: content[name] for name in wanted}) != wanted:
             raise ValueError(f"it was made for {made}, this is {wanted}")
         for name, value in vars(state).items():
             if hasattr(value, "load_state_dict"):

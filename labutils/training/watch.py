@@ -32,15 +32,14 @@ _wandb_offline = False  # set by the first failure, so that a sweep waits and wa
 Mirror = Callable[[dict[str, float], bool], None]
 
 
-def open_mirrors(run: Any) -> dict[str, Mirror]:
-    """Start the mirrors of a Run that run.track asks for.
+def open_mirrors(run: Any, track: str | list[str] | None) -> dict[str, Mirror]:
+    """Start the mirrors of a Run. track: 'auto', 'wandb', 'tensorboard', a list of them, or None.
 
-    'auto' is W&B when it is installed and WANDB_MODE is set or a login is stored, and nothing
-    otherwise; a list of 'wandb' and 'tensorboard' asks for them by name; None or [] is nothing.
+    'auto' is W&B where it is installed and WANDB_MODE is set or a login is stored, else nothing.
     W&B without a login, or out of reach, records offline, with one warning.
     Raises ValueError for another name.
     """
-    kinds = [run.track] if isinstance(run.track, str) else list(run.track or [])
+    kinds = [track] if isinstance(track, str) else list(track or [])
     if kinds == ["auto"]:
         asked = os.environ.get("WANDB_MODE") or _wandb_login()
         kinds = ["wandb"] if asked and find_spec("wandb") else []
@@ -50,7 +49,7 @@ def open_mirrors(run: Any) -> dict[str, Mirror]:
 
 
 def show_mirrors(mirrors: dict[str, Mirror], row: dict[str, float], final: bool = False) -> None:
-    """Show all the row of an epoch, or the final numbers; one that fails is shown no more."""
+    """Show all of them some numbers; one that fails is shown no more."""
     for name, mirror in list(mirrors.items()):
         if not _try(name, mirror, row, final):
             del mirrors[name]
@@ -126,19 +125,15 @@ def _wandb(run: Any) -> Mirror:
         # Another id, because W&B still holds the one whose start failed.
         record = wandb.init(id=f"{run.key}-offline", mode="offline", **options)
         if not _wandb_offline:
-            problem = (
-                f"W&B is out of reach ({first_line(error)}): runs are recorded offline from now"
-            )
-            remedy = (
-                "on. To send them: `wandb login`, then `wandb sync` on the folder wandb of each."
-            )
-            warnings.warn(f"{problem} {remedy}", stacklevel=2)
+            problem = f"W&B is out of reach ({first_line(error)}): runs are recorded offline"
+            remedy = "To send them: `wandb login`, then `wandb sync` on the folder wandb of each"
+            warnings.warn(f"{problem}. {remedy}.", stacklevel=2)
         _wandb_offline = True
     # Registered last, it comes before W&B's own, which waits for the service without end.
     atexit.unregister(_end_wandb)
     atexit.register(_end_wandb)
 
-    def show(numbers: dict[str, float], final: bool) -> None:
+    def show(numbers, final):
         (record.summary.update if final else record.log)(numbers)
         if final:
             record.finish()
@@ -152,7 +147,7 @@ def _tensorboard(run: Any) -> Mirror:
     writer = SummaryWriter(str(run.path / "tensorboard"))
     writer.add_text("settings", "\n".join(f"- {k}: {v}" for k, v in run.info.items()))
 
-    def show(numbers: dict[str, float], final: bool) -> None:
+    def show(numbers, final):
         for name in numbers.keys() - {"epoch"}:
             writer.add_scalar(name, numbers[name], numbers.get("epoch"))
         if final:
@@ -165,10 +160,9 @@ _output: tuple[Any, Any] = (None, None)  # the cell that showed a line last, and
 
 
 def say(text: str) -> None:
-    """One line about a run: printed, but in a notebook as the one output that each cell updates.
+    """Print a line about a run; a notebook's cell, even of fifty runs, shows only the latest.
 
-    A cell that trains fifty runs shows the latest. Widgets would stay in the saved notebook, and
-    GitHub renders no notebook that holds their state.
+    No widget: it would stay in the saved notebook, and GitHub renders none that holds one.
     """
     global _output
     ipython = sys.modules.get("IPython")
@@ -191,7 +185,7 @@ def warn(text: str) -> None:
 class _NotebookBar(tqdm):
     """tqdm in the cell's text output, on two lines: one would be wider than a notebook."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    def display(self, msg=None, pos=None):
         say(msg or str(self))
 
 

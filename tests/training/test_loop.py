@@ -759,7 +759,7 @@ def mirror(monkeypatch):
         folders = sorted(path.suffix for path in Path(os.environ["LABUTILS_RUNS"]).glob("*-*"))
         calls.append(("close" if final else "row", value, folders))
 
-    monkeypatch.setattr(watch, "open_mirrors", lambda run: ["mirror"])
+    monkeypatch.setattr(watch, "open_mirrors", lambda run, track: ["mirror"])
     monkeypatch.setattr(watch, "show_mirrors", note)
     return calls
 
