@@ -19,10 +19,7 @@ from .settings import first_line
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """'auto' is the first CUDA device when there is one, else the CPU.
-
-    Raises ValueError if the name means nothing to torch or the device is not there.
-    """
+    """'auto' is CUDA where it is there, else the CPU. ValueError for a device that is not there."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -90,8 +87,8 @@ def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
 def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> int:
     """How many CPU threads to train with: what torch has, but one for small perceptrons.
 
-    Below 4 million multiplications a step a second thread gains a fifth (benchmarks/threads.py),
-    and waiting for it costs up to a hundredfold where other programs compete for the cores.
+    Below 4 million multiplications a step a second one gains a fifth, and waiting for it costs up
+    to a hundredfold where other programs compete for the cores (benchmarks/threads.py).
     """
     # In other layers, such as convolutions, a parameter is multiplied many times for one image.
     holders = [part for part in model.modules() if part._parameters]

@@ -1,7 +1,6 @@
-"""How a run is written, atomically, and read: as it was written, or an error.
+"""How a run's card and weights are written, atomically, and read: as they were, or an error.
 
-A card is JSON: name, key, digest (of the rest), weights (their SHA-256 or null), command, test
-metrics, info and history.
+A card: name, key, digest (of the rest), weights (SHA-256 or null), command, test, info, history.
 """
 
 from __future__ import annotations

@@ -19,10 +19,7 @@ from .runs import RunError
 
 
 class Average(AveragedModel):
-    """Exponential moving average of a model's weights and statistics; the first update copies.
-
-    Counters are copied always: torch's own update sends them to the device each time, and waits.
-    """
+    """Exponential moving average of a model's weights and statistics; the first update copies."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
@@ -37,6 +34,7 @@ class Average(AveragedModel):
     def update(self) -> None:
         weight = 1 - self._decay if self.n_averaged else 1.0
         torch._foreach_lerp_(*map(list, zip(*self._floats)), weight)
+        # Counters are copied: torch's own update sends them to the device each time, and waits.
         if self._integers:
             torch._foreach_copy_(*map(list, zip(*self._integers)))
         self.n_averaged += 1
@@ -88,10 +86,10 @@ class TrainingState:
         self.rows.append(row)
         self.epoch, self.batch, self.images, self.hits = row["epoch"], 0, 0, 0
         self.losses, self.epoch_seconds = torch.empty(0), 0.0
-        *earlier, score = (row[monitor] * (1 if monitor == "val_loss" else -1) for row in self.rows)
-        if not earlier or score < min(earlier):
-            self.best_weights = copy.deepcopy(scored.state_dict())
-            self.best_epoch = self.epoch
+        scores = [row[monitor] for row in self.rows]
+        best = min(scores) if monitor == "val_loss" else max(scores)
+        if scores.index(best) == len(scores) - 1:  # of equals, the first is the best
+            self.best_epoch, self.best_weights = self.epoch, copy.deepcopy(scored.state_dict())
 
     def summary(self) -> dict[str, float]:
         best = self.rows[self.best_epoch - 1] if self.best_epoch else {}
@@ -116,10 +114,7 @@ def save(path: Path, key: str, state: TrainingState, device: torch.device) -> No
 
 
 def load(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
-    """Bring the state and torch's random numbers to where `save` found them.
-
-    Raises RunError if the file is damaged, or of another run, model, kind of device or precision.
-    """
+    """Read what `save` wrote. RunError: damaged, or of another run, model, device, precision."""
     try:
         stored = path.read_bytes()
         if hashlib.sha256(stored[32:]).digest() != stored[:32]:

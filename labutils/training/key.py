@@ -39,9 +39,8 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     """The model's spec, and where its weights come from: 'seed', or a digest of what differs.
 
-    A digest alone would differ between machines whose random numbers differ in the last bit. Only a
-    network of labutils, every part as its spec builds it, says what it computes: any other, one of
-    your own or with hooks, gets a random number, is trained anew each time, and a line says so.
+    'seed', since random numbers differ in the last bit between machines. A network that is not of
+    labutils or not as its spec builds it, such as one with hooks, gets a random number instead.
     """
     kind, spec = type(model), getattr(model, "spec", {"model": repr(model)})
     odd = kind.__name__

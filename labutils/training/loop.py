@@ -60,10 +60,9 @@ def train(
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
     the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows).
-    Ctrl-C stops after the current batch, saves and returns the unfinished run; if it comes too late
-    for that, the run is stored as finished, and KeyboardInterrupt raised.
-    Raises ValueError for bad arguments; RunError if the loss stops being finite, a checkpoint
-    cannot be continued, or the runs folder cannot be written.
+    Ctrl-C stops after the batch, saves and returns the unfinished run; too late for that, it is
+    raised when the run is stored. Raises ValueError for bad arguments; RunError if the loss stops
+    being finite, a checkpoint cannot be continued, or the runs folder cannot be written.
     """
     config = config or TrainConfig()
     given = {"model": model, "data": data, "config": config, "name": name}
@@ -183,20 +182,19 @@ def _start_or_continue(run, data, config, stack) -> checkpoint.TrainingState:
 
 def _score_epoch(run, state, data, config) -> None:
     """Add the row of the epoch, and keep its weights if they are the best so far."""
-    # This reads the losses, which waits for the device, so that its time is counted.
-    _require_finite(run, state, data, config)
+    state.count()
+    # Reading the losses waits for the device, so that its time is counted.
+    train_loss = float(state.losses.cpu().double().sum()) / state.images
     state.stop_clock()
     speed = round(state.images / state.epoch_seconds, 1)
     scored = state.model if state.averaged is None else state.averaged.module
     val_loss, val_accuracy = loss_and_accuracy(scored, data.val, precision=state.precision)
     _require_finite(run, state, data, config, val_loss)
     state.stop_clock()
-    train_loss = float(state.losses.cpu().double().sum()) / state.images
-    row = {"epoch": state.epoch + 1, "train_loss": train_loss}
-    row |= {"train_accuracy": int(state.hits) / state.images}
-    row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
-    row |= {"lr": state.optimizer.param_groups[0]["lr"], "images_per_second": speed}
-    row |= {"seconds": round(state.epoch_seconds, 4)}
+    train_accuracy, lr = int(state.hits) / state.images, state.optimizer.param_groups[0]["lr"]
+    row = {"epoch": state.epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy}
+    row |= {"val_loss": val_loss, "val_accuracy": val_accuracy, "lr": lr}
+    row |= {"images_per_second": speed, "seconds": round(state.epoch_seconds, 4)}
     state.end_epoch(row, scored, config.monitor)
 
 
@@ -235,9 +233,8 @@ def _describe(model, data, config, name) -> Run:
     spec, weights = identify(model, config.seed)
     info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
     info["config"] = dataclasses.asdict(config)
-    info["data"] = {"name": data.name, "source": data.source, "fingerprint": data.fingerprint}
-    splits = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
-    info["data"]["images"] = splits
+    info["data"] = {name: getattr(data, name) for name in ("name", "source", "fingerprint")}
+    info["data"]["images"] = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
     info["device"] = machine.device_name(data.train.images.device)
     info |= {"torch": torch.__version__, "python": platform.python_version()}
     key = run_key(config, spec, weights, data.fingerprint)

@@ -31,11 +31,10 @@ def stop_reason(rows: list[dict[str, float]], config: TrainConfig) -> str | None
 
 
 def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step as a fraction of config.lr.
+    """The learning rate of a step as a fraction of config.lr; no schedule has a state to save.
 
-    Of the step alone: a schedule has no state to save. onecycle rises from 1/25 over the first 30 %
-    and falls to almost 0, along cosines, as torch's OneCycleLR does (Smith and Topin 2018,
-    https://arxiv.org/abs/1708.07120).
+    onecycle rises from 1/25 over the first 30 % and falls to almost 0, along cosines, as torch's
+    OneCycleLR does (Smith and Topin 2018, https://arxiv.org/abs/1708.07120).
     """
     total = config.epochs * steps_per_epoch
     if config.schedule != "onecycle":
@@ -50,8 +49,7 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """A fused torch optimizer over the parameters that require a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return kinds[config.optimizer](parameters, **common)
+    return kinds[config.optimizer](parameters, **common, **momentum)

@@ -69,19 +69,16 @@ class Run:
         return inside if self.path.is_dir() else beside
 
     def best(self, column: str) -> float:
-        """A column of the history at the best epoch, whose weights were kept.
-
-        Raises RunError if the run was interrupted before its first epoch ended.
-        """
+        """A column of the history at the best epoch; RunError if the first epoch did not end."""
         if not self.info["best_epoch"]:
             raise RunError(f"{self.name}: {self.stop_reason} before the first epoch ended.")
         return self.rows[self.info["best_epoch"] - 1][column]
 
     def test(self, data: ImageData, *, tta: bool = False) -> metrics.Metrics:
-        """Metrics on the test split, measured once and stored in the run's card.
+        """Metrics on the test split, measured once, in the precision of training; in the card.
 
-        In the precision of its training, where it can be had. tta: as for predict, stored apart.
-        Raises RunError if the run was trained on other data, or has neither metrics nor weights.
+        tta: as for predict, stored apart. Raises RunError for other data than it was trained on,
+        and for a run that has neither metrics nor weights.
         """
         trained, asked = self.info["data"]["fingerprint"], data.fingerprint
         if asked != trained:
@@ -122,10 +119,7 @@ class Run:
 
 
 def find(key: str, model: nn.Module) -> Run | None:
-    """The finished run with this key, its weights loaded into model; None if there is none.
-
-    Raises RunError if card, name, key and weights are not those that were stored together.
-    """
+    """The finished run with this key, its weights put into model. RunError if it is damaged."""
     # A kill in the middle of finish leaves the older run as the only finished one.
     folders = _folders(key) or _folders(f"{key}.old")
     path = next(iter(folders or models_dir().glob(f"*-{key}.json")), None)
@@ -136,9 +130,8 @@ def find(key: str, model: nn.Module) -> Run | None:
         columns = card["history"]
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         run = Run(card["name"], key, card["info"], rows, path, stored=True)
-        for score in ("test", "test_flip"):
-            if card.get(score):
-                run._scores[score] = metrics.Metrics.from_json(card[score])
+        scores = {name: card[name] for name in ("test", "test_flip") if card.get(name)}
+        run._scores = {k: metrics.Metrics.from_json(values) for k, values in scores.items()}
         if card["weights"]:
             if card["weights"] != cards.sha256(run.weights):
                 raise ValueError(f"{run.weights.name} is not what was stored with the card")
@@ -206,9 +199,8 @@ def finish(run: Run, weights: dict[str, torch.Tensor]) -> None:
 def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Path:
     """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
 
-    It takes the place of a card with the same key. What is published already keeps its weights.
-    command: what measures the card's numbers again. half: weights as float16, each changed by less
-    than a thousandth of itself, or 3e-8 if tiny; the metrics stay those of the whole weights.
+    It replaces a card of the same key; what is published already keeps its weights. command: what
+    measures the numbers again. half: weights as float16, within 0.1 % or 3e-8; metrics stay as are.
     Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
     ValueError for a name that is no file name or a key not its own.
     """

@@ -14,37 +14,35 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import psutil
 from tqdm import tqdm
 
 from ..base.settings import check, first_line
 
 PATIENCE = 60.0  # seconds that a mirror may take for one call
-
 _wandb_offline = False  # set by the first failure, so that a sweep waits and warns only once
-
-# A mirror takes the row of an epoch and False, or the final numbers and True.
-Mirror = Callable[[dict[str, float], bool], None]
+Mirror = Callable[[dict[str, float], bool], None]  # takes numbers, and whether they are final
 
 
 def open_mirrors(run: Any, track: str | list[str] | None) -> dict[str, Mirror]:
     """Start the mirrors of a Run. track: 'auto', 'wandb', 'tensorboard', a list of them, or None.
 
     'auto' is W&B where it is installed and WANDB_MODE is set or a login is stored, else nothing.
-    W&B without a login, or out of reach, records offline, with one warning.
-    Raises ValueError for another name.
+    Without a login or a network, W&B records offline. Raises ValueError for another name.
     """
     kinds = [track] if isinstance(track, str) else list(track or [])
     if kinds == ["auto"]:
         asked = os.environ.get("WANDB_MODE") or _wandb_login()
         kinds = ["wandb"] if asked and find_spec("wandb") else []
+    check("train", {"track": list[Literal["wandb", "tensorboard"]]}, {"track": kinds})
     starts = {"wandb": _wandb, "tensorboard": _tensorboard}
-    check("train", {"track": list[Literal[*starts]]}, {"track": kinds})
     return {kind: mirror for kind in kinds for mirror in _try(kind, starts[kind], run)}
 
 
@@ -73,7 +71,7 @@ def _start(call: Callable[..., Any], *args: Any) -> Future:
     """Call in a thread that Python does not wait for when it ends. Returns the future result."""
     future: Future = Future()
 
-    def work() -> None:
+    def work():
         try:
             future.set_result(call(*args))
         except BaseException as error:  # a service fails in its own ways
@@ -86,8 +84,6 @@ def _start(call: Callable[..., Any], *args: Any) -> Future:
 def _end_wandb(patience: float | None = None) -> None:
     """End W&B's service, by force if it hangs: Python would wait for it when it ends."""
     if "wandb" in sys.modules:
-        import psutil
-
         ended = _start(sys.modules["wandb"].teardown)
         if not wait([ended], PATIENCE if patience is None else patience).done:
             for process in psutil.Process().children(recursive=True):
@@ -98,11 +94,10 @@ def _end_wandb(patience: float | None = None) -> None:
 
 def _wandb_login() -> bool:
     url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    try:
-        login = netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(url).netloc)
-    except (OSError, ValueError, netrc.NetrcParseError):
-        login = None
-    return bool(os.environ.get("WANDB_API_KEY") or login)
+    with suppress(OSError, ValueError, netrc.NetrcParseError):
+        if netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(url).netloc):
+            return True
+    return bool(os.environ.get("WANDB_API_KEY"))
 
 
 def _wandb(run: Any) -> Mirror:
@@ -111,7 +106,6 @@ def _wandb(run: Any) -> Mirror:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    # The key makes a resumed run continue its own record instead of opening another.
     options = {"name": run.name, "resume": "allow", "dir": str(run.path), "config": run.info}
     options["project"] = os.environ.get("WANDB_PROJECT", "labutils")
     options["settings"] = wandb.Settings(silent=True, console="off", init_timeout=30)
@@ -122,7 +116,7 @@ def _wandb(run: Any) -> Mirror:
             raise ConnectionError("no login found")
         record = wandb.init(id=run.key, mode=mode, **options)
     except Exception as error:
-        # Another id, because W&B still holds the one whose start failed.
+        # Another id than the key, which resumes a record: W&B still holds the one that failed.
         record = wandb.init(id=f"{run.key}-offline", mode="offline", **options)
         if not _wandb_offline:
             problem = f"W&B is out of reach ({first_line(error)}): runs are recorded offline"
@@ -190,9 +184,8 @@ class _NotebookBar(tqdm):
 
 
 def watched() -> str | None:
-    """'notebook' in a kernel that JupyterLab started, 'terminal' on a terminal, else None."""
+    """'notebook' in a kernel of JupyterLab, not of papermill, 'terminal' on one, else None."""
     if "ipykernel" in sys.modules:
-        # Kernels of papermill and nbval lack this; a bar there would only fill the output.
         return "notebook" if os.environ.get("JPY_SESSION_NAME") else None
     return "terminal" if sys.stderr.isatty() else None
 

@@ -38,14 +38,6 @@ EVERYTHING = lab.TrainConfig(
 TIMING = ("images_per_second", "seconds")
 
 
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    """Ctrl-C as in the foreground, also where the tests run in the background and ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def load_tiny():
     return lab.load_data("tiny", val_size=12, device="cpu")
 
