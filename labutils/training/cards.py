@@ -70,7 +70,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def copy_weights(source: Path, target: Path, *, half: bool) -> None:
-    """half: in float16. Raises RunError if a value is too large for it."""
+    """half: as float16. Raises RunError if a value is too large for it."""
     state = st.load(source.read_bytes())
     for name, value in state.items() if half else ():
         state[name] = value.half() if value.is_floating_point() else value

@@ -39,8 +39,8 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     """The model's spec, and where its weights come from: 'seed', or a digest of what differs.
 
-    'seed', since random numbers differ in the last bit between machines. A network that is not of
-    labutils or not as its spec builds it, such as one with hooks, gets a random number instead.
+    Not always a digest: random numbers differ in the last bit between machines. A network of your
+    own, or with a part that its spec does not build (a hook), gets a random number and a warning.
     """
     kind, spec = type(model), getattr(model, "spec", {"model": repr(model)})
     odd = kind.__name__

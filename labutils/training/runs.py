@@ -167,8 +167,7 @@ def store_lock(key: str) -> Iterator[None]:
             yield
     except OSError as error:
         problem = f"train: cannot write to {runs_dir()} ({error.strerror or error})"
-        advice = "Free space or set LABUTILS_RUNS to another folder; what was saved is whole."
-        raise RunError(f"{problem}. {advice}") from error
+        raise RunError(f"{problem}. Free space or set LABUTILS_RUNS, then go on.") from error
 
 
 def open_part(name: str, key: str) -> Path:
@@ -186,11 +185,10 @@ def finish(run: Run, weights: dict[str, torch.Tensor]) -> None:
     save_weights(run.weights, weights)
     _write_card(run.path / "card.json", run, run.weights, command=None)
     for older in _folders(run.key):
-        aside = older.with_name(f"{older.name}.old")
-        # A kill during an earlier replacement may have left one behind, half removed.
-        if aside.exists():
+        # What a kill in an earlier replacement has left, perhaps half removed.
+        for aside in _folders(f"{run.key}.old"):
             shutil.rmtree(aside)
-        older.rename(aside)
+        older.rename(older.with_name(f"{older.name}.old"))
     run.path = run.path.rename(run.path.with_name(f"{run.name}-{run.key}"))
     for aside in _folders(f"{run.key}.old"):
         shutil.rmtree(aside)
@@ -200,7 +198,7 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
     """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
 
     It replaces a card of the same key; what is published already keeps its weights. command: what
-    measures the numbers again. half: weights as float16, within 0.1 % or 3e-8; metrics stay as are.
+    measures the numbers again. half: weights as float16, off by at most 0.1 % or 3e-8.
     Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
     ValueError for a name that is no file name or a key not its own.
     """

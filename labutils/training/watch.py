@@ -184,7 +184,7 @@ class _NotebookBar(tqdm):
 
 
 def watched() -> str | None:
-    """'notebook' in a kernel of JupyterLab, not of papermill, 'terminal' on one, else None."""
+    """'notebook' in a kernel of JupyterLab (not of papermill), 'terminal' on a terminal or None."""
     if "ipykernel" in sys.modules:
         return "notebook" if os.environ.get("JPY_SESSION_NAME") else None
     return "terminal" if sys.stderr.isatty() else None
