@@ -1,7 +1,4 @@
-"""The machine: devices, seeds, precision, memory format, threads and Ctrl-C.
-
-Nothing here changes what a training computes by more than rounding.
-"""
+"""The machine: devices, seeds, precision, memory format, threads and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,18 +19,15 @@ from .settings import first_line
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """'auto' is the first CUDA device when there is one, else the CPU.
-
-    Raises ValueError if the name means nothing to torch or the device is not there.
-    """
+    """'auto' is CUDA where it is there, else the CPU. ValueError for a device that is not there."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:
         problem = f"device = {str(device)!r} cannot be used here ({first_line(error)})"
-        allowed = "Allowed: 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'; 'auto' always works."
-        raise ValueError(f"{problem}. {allowed}") from error
+        allowed = "'auto', 'cpu', 'cuda', 'cuda:N', 'mps'; 'auto' always works"
+        raise ValueError(f"{problem}. Allowed: {allowed}.") from error
 
 
 def device_name(device: torch.device) -> str:
@@ -54,11 +48,7 @@ def seed_everything(seed: int) -> None:
 
 
 def usable_precision(asked: str, device: torch.device) -> str:
-    """'bf16' or 'float32': what 'auto', 'bf16' or 'float32' comes to on a device.
-
-    bf16: autocast to torch.bfloat16, weights stay float32. Only where the hardware computes with
-    it: emulated, it is several times slower than float32.
-    """
+    """What 'auto', 'bf16' or 'float32' comes to: bf16 only where it is computed, not emulated."""
     return "bf16" if asked != "float32" and _computes_bf16(device) else "float32"
 
 
@@ -80,8 +70,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
     """Store the weights of a convolutional network pixel by pixel, not channel by channel.
 
-    Convolutions are up to twice as fast that way (benchmarks/throughput.py); no number of the
-    model's state changes. Other models, and a few for which it is not safe, stay as they are.
+    Convolutions are up to twice as fast that way (benchmarks/throughput.py), and no number changes.
+    Other models, and a few for which it is not safe, stay as they are.
     """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
     for layer in convolutions:
@@ -97,8 +87,8 @@ def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
 def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> int:
     """How many CPU threads to train with: what torch has, but one for small perceptrons.
 
-    Below 4 million multiplications a step a second thread gains a fifth (benchmarks/threads.py),
-    and waiting for it costs up to a hundredfold where other programs compete for the cores.
+    Below 4 million multiplications a step a second one gains a fifth, and waiting for it costs up
+    to a hundredfold where other programs compete for the cores (benchmarks/threads.py).
     """
     # In other layers, such as convolutions, a parameter is multiplied many times for one image.
     holders = [part for part in model.modules() if part._parameters]
@@ -115,9 +105,9 @@ def interrupts(stack: ExitStack) -> list[int]:
         seen.append(signum)
         signal.signal(signal.SIGINT, before)
 
+    main = threading.current_thread() is threading.main_thread()
     # A job in the background ignores Ctrl-C, which is meant for the one in the foreground.
-    heard = before not in (signal.SIG_IGN, None)
-    if heard and threading.current_thread() is threading.main_thread():
+    if main and before not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGINT, note)
         stack.callback(signal.signal, signal.SIGINT, before)
     return seen

@@ -1,7 +1,6 @@
-"""How a run is written: its card and its weights. What is read is what was written, or an error.
+"""How a run's card and weights are written, atomically, and read: as they were, or an error.
 
-A card is JSON: name, key, digest (of the rest), weights (their SHA-256 or null), command, test
-metrics, info and history.
+A card: name, key, digest (of the rest), weights (SHA-256 or null), command, test, info, history.
 """
 
 from __future__ import annotations
@@ -41,12 +40,11 @@ def require_own(home: str, name: str, key: str, info: dict[str, Any]) -> None:
 
 
 def write(path: Path, card: dict[str, Any]) -> None:
-    """Write a card with its digest, atomically."""
     write_json(path, card | {"digest": _card_digest(json.dumps(card))})
 
 
 def _card_digest(text: str) -> str:
-    """Of all that a card says but its digest; numbers as they are written, to the last digit."""
+    # Numbers as they are written, to the last digit.
     return digest(json.loads(text, parse_float=str) | {"digest": None})
 
 
@@ -55,7 +53,6 @@ def sha256(path: Path) -> str:
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a state dict as safetensors, atomically."""
     with atomic_write(path) as file:
         file.write(st.save({name: value.contiguous().cpu() for name, value in state.items()}))
 
@@ -73,11 +70,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def copy_weights(source: Path, target: Path, *, half: bool) -> None:
-    """half: in float16. Raises RunError if a value is too large for it."""
+    """half: as float16. Raises RunError if a value is too large for it."""
     state = st.load(source.read_bytes())
     for name, value in state.items() if half else ():
         state[name] = value.half() if value.is_floating_point() else value
         if not state[name].isfinite().all():
-            problem = f"{name} has values up to {value.abs().max():.3g}, float16 ends at 65504"
-            raise RunError(f"{source}: {problem}. Publish it with half=False.")
+            raise RunError(f"{source}: {name} exceeds float16's 65504. Publish with half=False.")
     save_weights(target, state)

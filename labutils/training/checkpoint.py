@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import time
@@ -18,17 +19,14 @@ from .runs import RunError
 
 
 class Average(AveragedModel):
-    """Exponential moving average of a model's weights and statistics; the first update copies.
-
-    Counters are copied always: torch's own update sends them to the device each time, and waits.
-    """
+    """Exponential moving average of a model's weights and statistics; the first update copies."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
         self._decay = decay
         # Looked up once: a walk through a deep network in every step costs more than the averaging.
-        ours, theirs = ([*part.parameters(), *part.buffers()] for part in (self.module, model))
-        pairs = list(zip(ours, theirs))
+        pairs = [*zip(self.module.parameters(), model.parameters())]
+        pairs += zip(self.module.buffers(), model.buffers())
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._integers = [pair for pair in pairs if not pair[0].is_floating_point()]
 
@@ -36,6 +34,7 @@ class Average(AveragedModel):
     def update(self) -> None:
         weight = 1 - self._decay if self.n_averaged else 1.0
         torch._foreach_lerp_(*map(list, zip(*self._floats)), weight)
+        # Counters are copied: torch's own update sends them to the device each time, and waits.
         if self._integers:
             torch._foreach_copy_(*map(list, zip(*self._integers)))
         self.n_averaged += 1
@@ -84,15 +83,13 @@ class TrainingState:
 
     def end_epoch(self, row: dict[str, float], scored: nn.Module, monitor: str) -> None:
         """Add the row of an epoch, and keep the weights of `scored` if they are the best so far."""
-        sign = 1 if monitor == "val_loss" else -1
-        best = self.rows[self.best_epoch - 1] if self.best_epoch else None
         self.rows.append(row)
         self.epoch, self.batch, self.images, self.hits = row["epoch"], 0, 0, 0
         self.losses, self.epoch_seconds = torch.empty(0), 0.0
-        if best is None or sign * row[monitor] < sign * best[monitor]:
-            weights = scored.state_dict().items()
-            self.best_weights = {name: value.detach().clone() for name, value in weights}
-            self.best_epoch = self.epoch
+        scores = [row[monitor] for row in self.rows]
+        best = min(scores) if monitor == "val_loss" else max(scores)
+        if scores.index(best) == len(scores) - 1:  # of equals, the first is the best
+            self.best_epoch, self.best_weights = self.epoch, copy.deepcopy(scored.state_dict())
 
     def summary(self) -> dict[str, float]:
         best = self.rows[self.best_epoch - 1] if self.best_epoch else {}
@@ -100,7 +97,7 @@ class TrainingState:
 
 
 def save(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
-    """Write the state and torch's random numbers as one atomic file, behind their SHA-256."""
+    """Write the state and torch's random numbers, atomically, behind their SHA-256."""
     state.count()
     content = {"key": key, "device": device.type, "rng": torch.get_rng_state()}
     if device.type == "cuda":
@@ -117,18 +114,14 @@ def save(path: Path, key: str, state: TrainingState, device: torch.device) -> No
 
 
 def load(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
-    """Bring the state and torch's random numbers to where `save` found them.
-
-    Raises RunError if the file is damaged, or of another run, model, kind of device or precision.
-    """
+    """Read what `save` wrote. RunError: damaged, or of another run, model, device, precision."""
     try:
         stored = path.read_bytes()
         if hashlib.sha256(stored[32:]).digest() != stored[:32]:
             raise ValueError("it was cut short or is damaged")
         content = torch.load(io.BytesIO(stored[32:]), map_location=device, weights_only=True)
         wanted = {"key": key, "device": device.type, "precision": state.precision}
-        made = {name: content[name] for name in wanted}
-        if made != wanted:
+        if (made := {name: content[name] for name in wanted}) != wanted:
             raise ValueError(f"it was made for {made}, this is {wanted}")
         for name, value in vars(state).items():
             if hasattr(value, "load_state_dict"):

@@ -25,23 +25,22 @@ def run_key(config: TrainConfig, spec: dict[str, Any], weights: str, fingerprint
 
 def recorded_key(info: dict[str, Any]) -> str:
     """The key of a run by what its card says. Raises ValueError or TypeError for odd settings."""
-    settings = _known(TrainConfig, info["config"])
-    settings["augment"] = Augment(**_known(Augment, settings.get("augment", {})))
-    weights, fingerprint = info.get("weights", "seed"), info["data"]["fingerprint"]
-    return run_key(TrainConfig(**settings), info["model"], weights, fingerprint)
+    augment = Augment(**_known(Augment, info["config"].get("augment", {})))
+    config = TrainConfig(**_known(TrainConfig, info["config"]) | {"augment": augment})
+    fingerprint = info["data"]["fingerprint"]
+    return run_key(config, info["model"], info.get("weights", "seed"), fingerprint)
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Without settings of earlier versions that were switched off, all of them by 0 or None."""
+    # Settings of earlier versions that are gone were switched off by 0 or None.
     return {k: value for k, value in values.items() if value or k in kind.__dataclass_fields__}
 
 
 def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     """The model's spec, and where its weights come from: 'seed', or a digest of what differs.
 
-    A digest alone would differ between machines whose random numbers differ in the last bit. Only a
-    network of labutils, every part as its spec builds it, says what it computes: any other, one of
-    your own or with hooks, gets a random number, is trained anew each time, and a line says so.
+    Not always a digest: random numbers differ in the last bit between machines. A network of your
+    own, or with a part that its spec does not build (a hook), gets a random number and a warning.
     """
     kind, spec = type(model), getattr(model, "spec", {"model": repr(model)})
     odd = kind.__name__
@@ -53,18 +52,17 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     if odd is not None:
         warn(f"{kind.__name__} is trained anew each time: no key can tell what {odd!r} computes")
         return spec, secrets.token_hex(6)
-    drawn, hasher = fresh.state_dict(), hashlib.sha256(_frozen(model))
-    as_drawn = _frozen(model) == _frozen(fresh)
+    changes, drawn = [_frozen(model)], fresh.state_dict()
     for name, value in model.state_dict().items():
         value, initial = value.cpu(), drawn[name].cpu()
         if value.dtype != initial.dtype or not value.equal(initial):
-            as_drawn = False
-            hasher.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy())
-    return spec, "seed" if as_drawn else hasher.hexdigest()[:12]
+            changes.append(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            changes.append(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    as_drawn = changes == [_frozen(fresh)]
+    return spec, "seed" if as_drawn else hashlib.sha256(b"".join(changes)).hexdigest()[:12]
 
 
-def _frozen(model: nn.Module) -> bytes:
+def _frozen(model):
     names = [name for name, value in model.named_parameters() if not value.requires_grad]
     return "".join(f"{name} is frozen" for name in names).encode()
 
@@ -85,10 +83,7 @@ def _odd_part(model: nn.Module, fresh: nn.Module) -> str | None:
 
 def _facts(part: nn.Module) -> dict[str, str]:
     """What a module is, but for its weights and its mode: its kind, its attributes, its hooks."""
-    facts = {"kind": repr(type(part))}
-    for name, value in vars(part).items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            facts[name] = repr({key: held is None for key, held in value.items()})
-        elif name not in ("training", "_compiled_call_impl"):
-            facts[name] = repr(value)
-    return facts
+    facts = vars(part) | {"kind": type(part), "training": None, "_compiled_call_impl": None}
+    for name in ("_parameters", "_buffers", "_modules"):
+        facts[name] = {key: held is None for key, held in facts[name].items()}
+    return {name: repr(value) for name, value in facts.items()}

@@ -1,7 +1,7 @@
 """`train`: one loop that trains a classifier, and continues where it was cut off.
 
-`_loop` is all there is to it, and nothing in it waits for the device. The rest of this file is what
-stands around it; what a training remembers is in checkpoint.py, the store of runs in runs.py.
+`_loop` is all there is to it, and nothing in it waits for the device; the rest stands around it.
+What a training remembers is in checkpoint.py, the store of runs in runs.py.
 """
 
 from __future__ import annotations
@@ -32,13 +32,9 @@ from .key import identify, run_key
 from .optim import lr_factor, make_optimizer, stop_reason
 from .runs import Run, RunError, find, finish, open_part, save_weights, store_lock
 
-_ARGUMENTS = {
-    "model": InstanceOf[nn.Module],
-    "data": InstanceOf[ImageData],
-    "config": InstanceOf[TrainConfig],
-    "name": Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$")],
-    "checkpoint_seconds": NonNegativeFloat,
-}
+_KINDS = {"model": InstanceOf[nn.Module], "data": InstanceOf[ImageData]}
+_KINDS |= {"config": InstanceOf[TrainConfig], "checkpoint_seconds": NonNegativeFloat}
+_KINDS |= {"name": Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$")]}
 
 
 def train(
@@ -64,21 +60,20 @@ def train(
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
     the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows).
-    Ctrl-C stops after the current batch, saves and returns the unfinished run; if it comes too late
-    for that, the run is stored as finished, and KeyboardInterrupt raised.
-    Raises ValueError for bad arguments; RunError if the loss stops being finite, a checkpoint
-    cannot be continued, or the runs folder cannot be written.
+    Ctrl-C stops after the batch, saves and returns the unfinished run; too late for that, it is
+    raised when the run is stored. Raises ValueError for bad arguments; RunError if the loss stops
+    being finite, a checkpoint cannot be continued, or the runs folder cannot be written.
     """
     config = config or TrainConfig()
     given = {"model": model, "data": data, "config": config, "name": name}
-    check("train", _ARGUMENTS, given | {"checkpoint_seconds": checkpoint_seconds})
+    check("train", _KINDS, given | {"checkpoint_seconds": checkpoint_seconds})
     _require_trainable(model, data, config)
-    run = _describe(model, data, config, name, track)
+    run = _describe(model, data, config, name)
     if retrain or not (found := find(run.key, model)):
         with store_lock(run.key):
             # Another process may have finished this very run while we waited for the lock.
             if retrain or not (found := find(run.key, model)):
-                return _train(run, data, config, progress, checkpoint_seconds, compile)
+                return _train(run, data, config, track, progress, checkpoint_seconds, compile)
     if progress:
         watch.say(str(found))
     return found
@@ -116,7 +111,7 @@ def _loop(state, data, config, forward, after_step, after_epoch) -> str | None:
             return reason
 
 
-def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
+def _train(run, data, config, track, progress, checkpoint_seconds, compile) -> Run:
     """All around the loop: what it starts from, who watches it, what is saved and when."""
     with ExitStack() as stack:
         state = _start_or_continue(run, data, config, stack)
@@ -126,7 +121,7 @@ def _train(run, data, config, progress, checkpoint_seconds, compile) -> Run:
         stack.callback(bar.close)
         if config.precision == "bf16" != state.precision:
             bar.warn(f"{run.info['device']} does not compute in bf16: trained in float32")
-        mirrors = watch.open_mirrors(run)
+        mirrors = watch.open_mirrors(run, track)
         stack.callback(lambda: watch.show_mirrors(mirrors, state.summary(), final=True))
         interrupted = machine.interrupts(stack)
         last_save = time.monotonic()
@@ -187,24 +182,19 @@ def _start_or_continue(run, data, config, stack) -> checkpoint.TrainingState:
 
 def _score_epoch(run, state, data, config) -> None:
     """Add the row of the epoch, and keep its weights if they are the best so far."""
-    # This reads the losses, which waits for the device, so that its time is counted.
-    _require_finite(run, state, data, config)
+    state.count()
+    # Reading the losses waits for the device, so that its time is counted.
+    train_loss = float(state.losses.cpu().double().sum()) / state.images
     state.stop_clock()
     speed = round(state.images / state.epoch_seconds, 1)
     scored = state.model if state.averaged is None else state.averaged.module
     val_loss, val_accuracy = loss_and_accuracy(scored, data.val, precision=state.precision)
     _require_finite(run, state, data, config, val_loss)
     state.stop_clock()
-    row = {
-        "epoch": state.epoch + 1,
-        "train_loss": float(state.losses.cpu().double().sum()) / state.images,
-        "train_accuracy": int(state.hits) / state.images,
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
-        "lr": state.optimizer.param_groups[0]["lr"],
-        "images_per_second": speed,
-        "seconds": round(state.epoch_seconds, 4),
-    }
+    train_accuracy, lr = int(state.hits) / state.images, state.optimizer.param_groups[0]["lr"]
+    row = {"epoch": state.epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy}
+    row |= {"val_loss": val_loss, "val_accuracy": val_accuracy, "lr": lr}
+    row |= {"images_per_second": speed, "seconds": round(state.epoch_seconds, 4)}
     state.end_epoch(row, scored, config.monitor)
 
 
@@ -238,18 +228,17 @@ def _finish(run, state, reason) -> None:
         run.model.load_state_dict(state.best_weights)
 
 
-def _describe(model, data, config, name, track) -> Run:
+def _describe(model, data, config, name) -> Run:
     """The run with all that is known before it is trained, its key above all."""
     spec, weights = identify(model, config.seed)
     info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
     info["config"] = dataclasses.asdict(config)
-    info["data"] = {"name": data.name, "source": data.source, "fingerprint": data.fingerprint}
-    splits = ("train", "val", "test")
-    info["data"]["images"] = {split: len(getattr(data, split)) for split in splits}
+    info["data"] = {name: getattr(data, name) for name in ("name", "source", "fingerprint")}
+    info["data"]["images"] = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
     info["device"] = machine.device_name(data.train.images.device)
     info |= {"torch": torch.__version__, "python": platform.python_version()}
     key = run_key(config, spec, weights, data.fingerprint)
-    return Run(name, key, info, rows=[], path=runs_dir(), model=model, track=track)
+    return Run(name, key, info, rows=[], path=runs_dir(), model=model)
 
 
 def _require_trainable(model, data, config) -> None:

@@ -31,30 +31,25 @@ def stop_reason(rows: list[dict[str, float]], config: TrainConfig) -> str | None
 
 
 def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step as a fraction of config.lr.
+    """The learning rate of a step as a fraction of config.lr; no schedule has a state to save.
 
-    A function of the step alone: a schedule has no state to save. onecycle rises from 1/25
-    over the first 30 % and falls to almost 0, both along a cosine (Smith and Topin 2018,
-    https://arxiv.org/abs/1708.07120; the numbers are those of torch's OneCycleLR).
+    onecycle rises from 1/25 over the first 30 % and falls to almost 0, along cosines, as torch's
+    OneCycleLR does (Smith and Topin 2018, https://arxiv.org/abs/1708.07120).
     """
     total = config.epochs * steps_per_epoch
-    if config.schedule == "onecycle":
-        peak = 0.3 * total - 1
-        if step <= peak:
-            return _cosine(1 / 25, 1, step / peak if peak else 1.0)
-        return _cosine(1, 1 / 25e4, (step - peak) / (total - 1 - peak))
-    return 1 - step / total if config.schedule == "linear" else 1.0
-
-
-def _cosine(start: float, end: float, done: float) -> float:
+    if config.schedule != "onecycle":
+        return 1 - step / total if config.schedule == "linear" else 1.0
+    peak = 0.3 * total - 1
+    start, end, done = 1, 1 / 25e4, (step - peak) / (total - 1 - peak)
+    if step <= peak:
+        start, end, done = 1 / 25, 1, step / peak if peak else 1.0
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """A fused torch optimizer over the parameters that require a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, **common)
+    return kinds[config.optimizer](parameters, **common, **momentum)

@@ -24,7 +24,7 @@ from ..data.tensors import ImageData
 from ..evaluation import metrics
 from . import cards
 from .cards import RunError, load_weights, save_weights
-from .watch import open_mirrors, show_mirrors, warn
+from .watch import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,20 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Run:
-    """One training: what went in, what came out.
-
-    info: model spec, config, data, versions, device, precision, compiled, seconds, epochs,
-    best_epoch, stop_reason.
-    """
+    """One training: what went in, what came out."""
 
     name: str
     key: str
-    info: dict[str, Any]
+    info: dict[str, Any]  # model spec, config, data, versions, device, seconds, best_epoch, ...
     rows: list[dict[str, float]]
     path: Path  # the run's folder, or the card of a published run
     model: nn.Module | None = None  # of the best epoch; None where only the card was published
     stored: bool = False  # found in the store, not trained by this call
-    track: Any = None  # what train was asked to mirror to; test metrics go there too
     _scores: dict[str, metrics.Metrics] = field(default_factory=dict, repr=False)
 
     @property
@@ -74,26 +69,21 @@ class Run:
         return inside if self.path.is_dir() else beside
 
     def best(self, column: str) -> float:
-        """A column of the history at the best epoch, whose weights were kept.
-
-        Raises RunError if the run was interrupted before its first epoch ended.
-        """
+        """A column of the history at the best epoch; RunError if the first epoch did not end."""
         if not self.info["best_epoch"]:
             raise RunError(f"{self.name}: {self.stop_reason} before the first epoch ended.")
         return self.rows[self.info["best_epoch"] - 1][column]
 
     def test(self, data: ImageData, *, tta: bool = False) -> metrics.Metrics:
-        """Metrics on the test split, measured once and stored in the run's card.
+        """Metrics on the test split, measured once, in the precision of training; in the card.
 
-        In the precision of its training, where it can be had. tta: as for predict, stored apart.
-        Raises RunError if the run was trained on other data, or has neither metrics nor weights.
+        tta: as for predict, stored apart. Raises RunError for other data than it was trained on,
+        and for a run that has neither metrics nor weights.
         """
         trained, asked = self.info["data"]["fingerprint"], data.fingerprint
         if asked != trained:
-            problem = f"trained on data {trained}, asked to test on {asked}"
-            raise RunError(
-                f"{self.name}: {problem}. Load it with the same name, val_size and seed."
-            )
+            problem = f"{self.name}: trained on data {trained}, asked to test on {asked}"
+            raise RunError(f"{problem}. Load it with the same name, val_size and seed.")
         name = "test_flip" if tta else "test"
         if name in self._scores:
             return self._scores[name]
@@ -101,45 +91,38 @@ class Run:
         model = copy.deepcopy(self.require_model())
         if self.weights.exists():
             load_weights(model, self.weights)
-        precision = self.info.get("precision", "float32")
+        precision, card = self.info.get("precision", "float32"), self.path / "card.json"
         found = metrics.evaluate(model, data.test, precision=precision, tta=tta)
-        self._scores[name], card = found, self.path / "card.json"
+        self._scores[name] = found
         # An unfinished run goes on in its folder, and its weights will be others.
         if self.path.is_dir() and self.stop_reason != "interrupted":
             try:
                 cards.write(card, cards.read(card) | {name: asdict(found)})
             except (OSError, ValueError, LookupError, TypeError) as error:
                 warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
-            numbers = {f"{name}/loss": found.loss, f"{name}/accuracy": found.accuracy}
-            show_mirrors(open_mirrors(self), numbers, final=True)
         return found
 
     def require_model(self) -> nn.Module:
         """The model with its best weights. Raises RunError where only the card was published."""
         if self.model is None:
-            problem = f"only the card of this run is published ({self.path.name}), not its weights"
-            raise RunError(f"{self.name}: {problem}. To have them, train with retrain=True.")
+            problem = f"{self.name}: only the card of this run is published ({self.path.name})"
+            raise RunError(f"{problem}. To have its weights, train with retrain=True.")
         return self.model
 
     def __str__(self) -> str:
         if not self.rows:
             return f"{self.name}: {self.stop_reason} in the first epoch"
-        info, accuracy = self.info, 100 * self.best("val_accuracy")
-        where = f"loaded, trained {info['finished']} on {info['device']}, torch {info['torch']}"
+        where = "loaded, trained {finished} on {device}, torch {torch}".format(**self.info)
         what = f"{where if self.stored else 'trained'}; {self.epochs} epochs, {self.seconds:.1f} s"
-        best = f"val accuracy {accuracy:.2f} % at epoch {info['best_epoch']}"
-        return f"{self.name}: {what}, {best}; {self.stop_reason}"
+        best = f"{100 * self.best('val_accuracy'):.2f} % at epoch {self.info['best_epoch']}"
+        return f"{self.name}: {what}, val accuracy {best}; {self.stop_reason}"
 
 
 def find(key: str, model: nn.Module) -> Run | None:
-    """The finished run with this key, its weights loaded into model; None if there is none.
-
-    Raises RunError if card, name, key and weights are not those that were stored together.
-    """
+    """The finished run with this key, its weights put into model. RunError if it is damaged."""
     # A kill in the middle of finish leaves the older run as the only finished one.
-    path = next(
-        iter(_folders(key) or _folders(f"{key}.old") or models_dir().glob(f"*-{key}.json")), None
-    )
+    folders = _folders(key) or _folders(f"{key}.old")
+    path = next(iter(folders or models_dir().glob(f"*-{key}.json")), None)
     if path is None:
         return None
     try:
@@ -147,9 +130,8 @@ def find(key: str, model: nn.Module) -> Run | None:
         columns = card["history"]
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         run = Run(card["name"], key, card["info"], rows, path, stored=True)
-        for score in ("test", "test_flip"):
-            if card.get(score):
-                run._scores[score] = metrics.Metrics.from_json(card[score])
+        scores = {name: card[name] for name in ("test", "test_flip") if card.get(name)}
+        run._scores = {k: metrics.Metrics.from_json(values) for k, values in scores.items()}
         if card["weights"]:
             if card["weights"] != cards.sha256(run.weights):
                 raise ValueError(f"{run.weights.name} is not what was stored with the card")
@@ -158,8 +140,7 @@ def find(key: str, model: nn.Module) -> Run | None:
     # Text that is valid JSON but of another shape fails with an error of Python's own.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"the stored run {path} is damaged ({type(error).__name__}: {error})"
-        advice = "Remove it, or call train with retrain=True to replace it."
-        raise RunError(f"{problem}. {advice}") from error
+        raise RunError(f"{problem}. Remove it, or train with retrain=True.") from error
     return run
 
 
@@ -168,8 +149,8 @@ def _folders(ending: str) -> list[Path]:
 
 
 def _write_card(path: Path, run: Run, weights: Path, command: str | None) -> None:
-    card = {"name": run.name, "key": run.key, "digest": None}
-    card["weights"] = cards.sha256(weights) if weights.exists() else None
+    written = cards.sha256(weights) if weights.exists() else None
+    card = {"name": run.name, "key": run.key, "digest": None, "weights": written}
     card |= {"command": command, "test": None}
     card |= {name: asdict(found) for name, found in run._scores.items()}
     card |= {"info": run.info, "history": {k: [row[k] for row in run.rows] for k in run.rows[0]}}
@@ -178,10 +159,7 @@ def _write_card(path: Path, run: Run, weights: Path, command: str | None) -> Non
 
 @contextmanager
 def store_lock(key: str) -> Iterator[None]:
-    """Held while a run is trained, so that a second process waits for it instead of repeating it.
-
-    Raises RunError for an OSError inside of the block: who could not write where, and what to do.
-    """
+    """Held while a run is trained: a second process waits. Raises RunError for OSErrors inside."""
     lock = runs_dir() / ".locks" / f"{key}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -189,8 +167,7 @@ def store_lock(key: str) -> Iterator[None]:
             yield
     except OSError as error:
         problem = f"train: cannot write to {runs_dir()} ({error.strerror or error})"
-        advice = "Free space or set LABUTILS_RUNS to a folder that can be written, then go on."
-        raise RunError(f"{problem}. What was saved before is whole. {advice}") from error
+        raise RunError(f"{problem}. Free space or set LABUTILS_RUNS, then go on.") from error
 
 
 def open_part(name: str, key: str) -> Path:
@@ -208,11 +185,10 @@ def finish(run: Run, weights: dict[str, torch.Tensor]) -> None:
     save_weights(run.weights, weights)
     _write_card(run.path / "card.json", run, run.weights, command=None)
     for older in _folders(run.key):
-        aside = older.with_name(f"{older.name}.old")
-        # A kill during an earlier replacement may have left one behind, half removed.
-        if aside.exists():
+        # What a kill in an earlier replacement has left, perhaps half removed.
+        for aside in _folders(f"{run.key}.old"):
             shutil.rmtree(aside)
-        older.rename(aside)
+        older.rename(older.with_name(f"{older.name}.old"))
     run.path = run.path.rename(run.path.with_name(f"{run.name}-{run.key}"))
     for aside in _folders(f"{run.key}.old"):
         shutil.rmtree(aside)
@@ -221,9 +197,8 @@ def finish(run: Run, weights: dict[str, torch.Tensor]) -> None:
 def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Path:
     """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
 
-    It takes the place of a card with the same key. What is published already keeps its weights.
-    command: what measures the card's numbers again. half: weights as float16, each changed by less
-    than a thousandth of itself, or 3e-8 if tiny; the metrics stay those of the whole weights.
+    It replaces a card of the same key; what is published already keeps its weights. command: what
+    measures the numbers again. half: weights as float16, off by at most 0.1 % or 3e-8.
     Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
     ValueError for a name that is no file name or a key not its own.
     """
@@ -237,15 +212,12 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
     if weights and run.path != path:
         if not run.weights.exists() or cards.read(run.path / "card.json")["info"] != run.info:
             problem = f"{run.weights} is gone; another run of the same settings has replaced it"
-            raise RunError(
-                f"{run.name}: {problem}. Give every run settings of its own, a seed say."
-            )
+            raise RunError(f"{run.name}: {problem}. Give every run its own settings, a seed say.")
         cards.copy_weights(run.weights, stored, half=half)
     elif run.path != path:
         stored.unlink(missing_ok=True)
     _write_card(path, run, stored, command)
-    for older in models_dir().glob(f"*-{run.key}.json"):
-        if older != path:
-            older.unlink()
-            older.with_suffix(".safetensors").unlink(missing_ok=True)
+    for older in {*models_dir().glob(f"*-{run.key}.json")} - {path}:
+        older.unlink()
+        older.with_suffix(".safetensors").unlink(missing_ok=True)
     return path

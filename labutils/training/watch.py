@@ -14,43 +14,40 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import psutil
 from tqdm import tqdm
 
 from ..base.settings import check, first_line
 
 PATIENCE = 60.0  # seconds that a mirror may take for one call
-
 _wandb_offline = False  # set by the first failure, so that a sweep waits and warns only once
-
-# A mirror takes the row of an epoch and False, or the final numbers and True.
-Mirror = Callable[[dict[str, float], bool], None]
+Mirror = Callable[[dict[str, float], bool], None]  # takes numbers, and whether they are final
 
 
-def open_mirrors(run: Any) -> dict[str, Mirror]:
-    """Start the mirrors of a Run that run.track asks for.
+def open_mirrors(run: Any, track: str | list[str] | None) -> dict[str, Mirror]:
+    """Start the mirrors of a Run. track: 'auto', 'wandb', 'tensorboard', a list of them, or None.
 
-    'auto' is W&B when it is installed and WANDB_MODE is set or a login is stored, and nothing
-    otherwise; a list of 'wandb' and 'tensorboard' asks for them by name; None or [] is nothing.
-    W&B without a login, or out of reach, records offline, with one warning.
-    Raises ValueError for another name.
+    'auto' is W&B where it is installed and WANDB_MODE is set or a login is stored, else nothing.
+    Without a login or a network, W&B records offline. Raises ValueError for another name.
     """
-    kinds = [run.track] if isinstance(run.track, str) else list(run.track or [])
+    kinds = [track] if isinstance(track, str) else list(track or [])
     if kinds == ["auto"]:
         asked = os.environ.get("WANDB_MODE") or _wandb_login()
         kinds = ["wandb"] if asked and find_spec("wandb") else []
+    check("train", {"track": list[Literal["wandb", "tensorboard"]]}, {"track": kinds})
     starts = {"wandb": _wandb, "tensorboard": _tensorboard}
-    check("train", {"track": list[Literal[*starts]]}, {"track": kinds})
     return {kind: mirror for kind in kinds for mirror in _try(kind, starts[kind], run)}
 
 
 def show_mirrors(mirrors: dict[str, Mirror], row: dict[str, float], final: bool = False) -> None:
-    """Show all the row of an epoch, or the final numbers; one that fails is shown no more."""
+    """Show all of them some numbers; one that fails is shown no more."""
     for name, mirror in list(mirrors.items()):
         if not _try(name, mirror, row, final):
             del mirrors[name]
@@ -74,7 +71,7 @@ def _start(call: Callable[..., Any], *args: Any) -> Future:
     """Call in a thread that Python does not wait for when it ends. Returns the future result."""
     future: Future = Future()
 
-    def work() -> None:
+    def work():
         try:
             future.set_result(call(*args))
         except BaseException as error:  # a service fails in its own ways
@@ -87,8 +84,6 @@ def _start(call: Callable[..., Any], *args: Any) -> Future:
 def _end_wandb(patience: float | None = None) -> None:
     """End W&B's service, by force if it hangs: Python would wait for it when it ends."""
     if "wandb" in sys.modules:
-        import psutil
-
         ended = _start(sys.modules["wandb"].teardown)
         if not wait([ended], PATIENCE if patience is None else patience).done:
             for process in psutil.Process().children(recursive=True):
@@ -99,11 +94,10 @@ def _end_wandb(patience: float | None = None) -> None:
 
 def _wandb_login() -> bool:
     url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    try:
-        login = netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(url).netloc)
-    except (OSError, ValueError, netrc.NetrcParseError):
-        login = None
-    return bool(os.environ.get("WANDB_API_KEY") or login)
+    with suppress(OSError, ValueError, netrc.NetrcParseError):
+        if netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(url).netloc):
+            return True
+    return bool(os.environ.get("WANDB_API_KEY"))
 
 
 def _wandb(run: Any) -> Mirror:
@@ -112,7 +106,6 @@ def _wandb(run: Any) -> Mirror:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    # The key makes a resumed run continue its own record instead of opening another.
     options = {"name": run.name, "resume": "allow", "dir": str(run.path), "config": run.info}
     options["project"] = os.environ.get("WANDB_PROJECT", "labutils")
     options["settings"] = wandb.Settings(silent=True, console="off", init_timeout=30)
@@ -123,22 +116,18 @@ def _wandb(run: Any) -> Mirror:
             raise ConnectionError("no login found")
         record = wandb.init(id=run.key, mode=mode, **options)
     except Exception as error:
-        # Another id, because W&B still holds the one whose start failed.
+        # Another id than the key, which resumes a record: W&B still holds the one that failed.
         record = wandb.init(id=f"{run.key}-offline", mode="offline", **options)
         if not _wandb_offline:
-            problem = (
-                f"W&B is out of reach ({first_line(error)}): runs are recorded offline from now"
-            )
-            remedy = (
-                "on. To send them: `wandb login`, then `wandb sync` on the folder wandb of each."
-            )
-            warnings.warn(f"{problem} {remedy}", stacklevel=2)
+            problem = f"W&B is out of reach ({first_line(error)}): runs are recorded offline"
+            remedy = "To send them: `wandb login`, then `wandb sync` on the folder wandb of each"
+            warnings.warn(f"{problem}. {remedy}.", stacklevel=2)
         _wandb_offline = True
     # Registered last, it comes before W&B's own, which waits for the service without end.
     atexit.unregister(_end_wandb)
     atexit.register(_end_wandb)
 
-    def show(numbers: dict[str, float], final: bool) -> None:
+    def show(numbers, final):
         (record.summary.update if final else record.log)(numbers)
         if final:
             record.finish()
@@ -152,7 +141,7 @@ def _tensorboard(run: Any) -> Mirror:
     writer = SummaryWriter(str(run.path / "tensorboard"))
     writer.add_text("settings", "\n".join(f"- {k}: {v}" for k, v in run.info.items()))
 
-    def show(numbers: dict[str, float], final: bool) -> None:
+    def show(numbers, final):
         for name in numbers.keys() - {"epoch"}:
             writer.add_scalar(name, numbers[name], numbers.get("epoch"))
         if final:
@@ -165,10 +154,9 @@ _output: tuple[Any, Any] = (None, None)  # the cell that showed a line last, and
 
 
 def say(text: str) -> None:
-    """One line about a run: printed, but in a notebook as the one output that each cell updates.
+    """Print a line about a run; a notebook's cell, even of fifty runs, shows only the latest.
 
-    A cell that trains fifty runs shows the latest. Widgets would stay in the saved notebook, and
-    GitHub renders no notebook that holds their state.
+    No widget: it would stay in the saved notebook, and GitHub renders none that holds one.
     """
     global _output
     ipython = sys.modules.get("IPython")
@@ -191,14 +179,13 @@ def warn(text: str) -> None:
 class _NotebookBar(tqdm):
     """tqdm in the cell's text output, on two lines: one would be wider than a notebook."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    def display(self, msg=None, pos=None):
         say(msg or str(self))
 
 
 def watched() -> str | None:
-    """'notebook' in a kernel that JupyterLab started, 'terminal' on a terminal, else None."""
+    """'notebook' in a kernel of JupyterLab (not of papermill), 'terminal' on a terminal or None."""
     if "ipykernel" in sys.modules:
-        # Kernels of papermill and nbval lack this; a bar there would only fill the output.
         return "notebook" if os.environ.get("JPY_SESSION_NAME") else None
     return "terminal" if sys.stderr.isatty() else None
 

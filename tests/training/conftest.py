@@ -1,11 +1,20 @@
 """What the tests of training share."""
 
+import signal
 from collections import OrderedDict
 
 import pytest
 
 from labutils.training import loop
 from labutils.training.key import identify
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C as in the foreground, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -38,14 +38,6 @@ EVERYTHING = lab.TrainConfig(
 TIMING = ("images_per_second", "seconds")
 
 
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    """Ctrl-C as in the foreground, also where the tests run in the background and ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def load_tiny():
     return lab.load_data("tiny", val_size=12, device="cpu")
 
@@ -759,7 +751,7 @@ def mirror(monkeypatch):
         folders = sorted(path.suffix for path in Path(os.environ["LABUTILS_RUNS"]).glob("*-*"))
         calls.append(("close" if final else "row", value, folders))
 
-    monkeypatch.setattr(watch, "open_mirrors", lambda run: ["mirror"])
+    monkeypatch.setattr(watch, "open_mirrors", lambda run, track: ["mirror"])
     monkeypatch.setattr(watch, "show_mirrors", note)
     return calls
 

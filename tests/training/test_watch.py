@@ -45,7 +45,7 @@ def nobody_to_ask(monkeypatch, tmp_path):
 def start(tmp_path):
     def start(track):
         named = {"name": "mlp-64", "key": "abc", "path": tmp_path, "info": {"lr": 0.1}}
-        return open_mirrors(SimpleNamespace(track=track, **named))
+        return open_mirrors(SimpleNamespace(**named), track)
 
     return start
 
@@ -301,8 +301,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from labutils.training import watch
 def start(folder):
-    run = SimpleNamespace(track="auto", name="n", key="abc", path=Path(folder), info={})
-    return watch.open_mirrors(run)
+    run = SimpleNamespace(name="n", key="abc", path=Path(folder), info={})
+    return watch.open_mirrors(run, "auto")
 mirrors = start(sys.argv[1])
 if sys.argv[2] == "at exit":
     watch.show_mirrors(mirrors, {}, final=True)
