@@ -128,9 +128,8 @@ class ImageData:
 
     def __str__(self) -> str:
         sizes = f"{len(self.train):,} train, {len(self.val):,} val, {len(self.test):,} test"
-        images = f"{sizes} images of {'x'.join(map(str, self.image_shape))}"
-        facts = f"{self.num_classes} classes, fingerprint {self.fingerprint}"
-        return f"{self.name} from {self.source}: {images}, {facts}"
+        images = f"images of {'x'.join(map(str, self.image_shape))}, {self.num_classes} classes"
+        return f"{self.name} from {self.source}: {sizes} {images}, fingerprint {self.fingerprint}"
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
