@@ -61,9 +61,8 @@ def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
     try:
         parts = train_test_split(numbers, test_size=size, stratify=labels, random_state=seed)
     except ValueError as error:
-        classes = len(np.unique(labels))
-        raise ValueError(
-            f"load_data: {what} = {size!r} does not fit {len(labels):,} training images. Give a "
-            f"fraction in (0, 1) or {classes} to {len(labels) - classes} images; classes need two."
-        ) from error
+        classes, problem = len(np.unique(labels)), f"does not fit {len(labels):,} training images"
+        allowed = f"a fraction in (0, 1) or {classes} to {len(labels) - classes} images"
+        hint = f"Give {allowed}; classes need two."
+        raise ValueError(f"load_data: {what} = {size!r} {problem}. {hint}") from error
     return [(images[index], labels[index]) for index in map(np.sort, parts)]

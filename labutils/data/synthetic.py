@@ -76,7 +76,9 @@ def generate(
     """
     check("generate", _KINDS, dict(zip(_KINDS, (name, count, seed, shortcut, agreement))))
     share = {"kept": shortcut, "removed": 0.1, "reversed": 0.0}[agreement]
-    spec, classes = SETS[name], class_names(name)
+    spec, classes = SETS[name], tuple(SHAPES)
+    if spec.textured:
+        classes = tuple(f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES)
     labels = np.arange(count, dtype=np.int64) % len(classes)
     blocks, at_once = [], 2**16 // spec.side**2  # so many that arrays stay in the cache
     for start in range(0, count, at_once):
@@ -84,12 +86,6 @@ def generate(
         blocks.append(_draw(spec, np.arange(start, start + at_once) % len(classes), share, rng))
     images, masks, backgrounds = (np.concatenate(parts)[:count] for parts in zip(*blocks))
     return Scenes(images, labels, masks, backgrounds, classes)
-
-
-def class_names(name: str) -> tuple[str, ...]:
-    """What the labels of a generated data set mean."""
-    pairs = [f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES]
-    return tuple(pairs if SETS[name].textured else SHAPES)
 
 
 def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator):

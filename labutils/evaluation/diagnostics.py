@@ -9,8 +9,10 @@ from contextlib import contextmanager
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.random import fork_rng
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.settings import first_line
@@ -31,25 +33,21 @@ def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) 
         yield
 
 
-@contextmanager
-def _as_in_training(model: nn.Module) -> Iterator[None]:
-    """Training mode; then modes, buffers (statistics of batch norm), random state as before."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(range(torch.cuda.device_count())), in_mode(model, training=True):
-        try:
-            yield
-        finally:
-            for name, buffer in model.named_buffers():
-                buffer.data.copy_(buffers[name])
+def _training_step(model: nn.Module, images: Tensor, after: Callable) -> Tensor:
+    """The logits of a training step, observed; modes, buffers and random state are left alone."""
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    mode, random_state = in_mode(model, training=True), fork_rng(range(torch.cuda.device_count()))
+    with mode, random_state, observed(model, after):
+        return functional_call(model, statistics, (images,))
 
 
 def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
     """Norm of the gradient of the mean cross-entropy in each layer that has parameters to train.
 
-    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device.
-    Columns: kind; parameters, the Euclidean norm over all of the layer's own; output, that of the
-    gradient with respect to the layer's output. Rows in the order in which the layers run.
-    The network runs as in a training step and is left as it was. ValueError if all of it is frozen.
+    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device. Columns: kind;
+    parameters, the Euclidean norm over all of the layer's own; output, that of the gradient with
+    respect to the layer's output. Rows in the order in which the layers run, as in a training step.
+    Raises ValueError if all of the network is frozen.
     """
     owned = {}
     for name, layer in model.named_modules():
@@ -64,11 +62,10 @@ def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFra
             # A hook on the tensor still sees its gradient if the next layer works in place.
             output.register_hook(lambda grad: row.update(output=_norm([grad])))
 
-    with _as_in_training(model), torch.enable_grad():
-        with observed(model, after):
-            loss = F.cross_entropy(model(batch[0]), batch[1])
-        flat = [p for name in rows for p in owned[name]]
-        grads = dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True)))
+    with torch.enable_grad():
+        loss = F.cross_entropy(_training_step(model, batch[0], after), batch[1])
+    flat = [p for name in rows for p in owned[name]]
+    grads = dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True)))
     for name, row in rows.items():
         row["parameters"] = _norm([grads[p] for p in owned[name]])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
@@ -98,8 +95,8 @@ def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataF
             "zeros": float((values == 0).float().mean()),
         }
 
-    with _as_in_training(model), torch.no_grad(), observed(model, after):
-        model(batch[0])
+    with torch.no_grad():
+        _training_step(model, batch[0], after)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
@@ -118,7 +115,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
         row = {"layer": name or type(layer).__name__, "kind": type(layer).__name__}
-        row["output"] = "x".join(str(size) for size in output.shape[1:])
+        row["output"] = "x".join(map(str, output.shape[1:]))
         row["parameters"] = sum(p.numel() for p in layer.parameters() if p not in seen)
         row["FLOPs"] = counter.get_total_flops() - flops_before[layer]
         rows.append(row)

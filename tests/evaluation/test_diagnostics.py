@@ -224,7 +224,7 @@ def test_frozen_layers_have_no_row_and_layers_out_of_use_neither():
 def test_activation_stats_are_those_of_the_outputs():
     model = make()
     images, _ = batch()
-    hidden = model[:3](images)
+    hidden = nn.Sequential(*list(model)[:3])(images)
     row = lab.activation_stats(model, batch()).loc["2"]
     assert row.kind == "ReLU"
     assert row["mean"] == pytest.approx(hidden.mean().item())
