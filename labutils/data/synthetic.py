@@ -8,7 +8,7 @@ at a time, which IEEE 754 fixes to the bit, and is rounded to whole numbers befo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -21,15 +21,13 @@ from .stencils import FULL, GRID, REACH, SHAPES, TEXTURES, THINGS, TILE, distanc
 class Scenes:
     """Generated images, and all that is known about them.
 
-    images: uint8 [N, 3, H, W]. labels: int64 [N], places in classes.
-    masks: bool [N, H, W], the pixels that the visible part of the object fills by half or more.
-    backgrounds: int64 [N] in 0..9, the kind of background; a shortcut gives shape k the kind k.
+    masks hold the pixels that the visible part of the object fills by half or more.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
-    masks: np.ndarray
-    backgrounds: np.ndarray
+    images: np.ndarray  # uint8 [N, 3, H, W]
+    labels: np.ndarray  # int64 [N], places in classes
+    masks: np.ndarray  # bool [N, H, W]
+    backgrounds: np.ndarray  # int64 [N], the kind, 0 to 9; a shortcut gives shape k the kind k
     classes: tuple[str, ...]
 
 
@@ -68,8 +66,7 @@ def generate(
 
     name: shapes10, shapes100 (shape x texture), both 32x32, or scenes10, 96x96.
     seed: fixes the images; a larger count adds to them. load_data trains on 0 and tests on 1.
-    shortcut: the probability that the background is the one of the object's shape. With 0.1 it is
-        independent of the shape, which is one of ten.
+    shortcut: the probability that the background is that of the object's shape; 0.1: independent.
     agreement: what became of the shortcut: kept, removed (background independent of the shape) or
         reversed (always that of another shape). Nothing else changes.
     Raises ValueError for bad arguments.
@@ -145,8 +142,7 @@ def _paint(canvas: np.ndarray, weight: np.ndarray, colour: np.ndarray) -> None:
     canvas += (colour - canvas) * weight // FULL
 
 
-@dataclass(frozen=True)
-class _Pose:
+class _Pose(NamedTuple):
     """Where a table lies in each image: centre [2, n] and radius [n] in pixels, its direction."""
 
     centre: np.ndarray

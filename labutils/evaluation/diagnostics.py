@@ -33,11 +33,10 @@ def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) 
         yield
 
 
-def _training_step(model: nn.Module, images: Tensor, after: Callable) -> Tensor:
-    """The logits of a training step, observed; modes, buffers and random state are left alone."""
+def _training_step(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of a training step; modes, buffers and random state are left alone."""
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    mode, random_state = in_mode(model, training=True), fork_rng(range(torch.cuda.device_count()))
-    with mode, random_state, observed(model, after):
+    with in_mode(model, training=True), fork_rng(range(torch.cuda.device_count())):
         return functional_call(model, statistics, (images,))
 
 
@@ -45,43 +44,27 @@ def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFra
     """Norm of the gradient of the mean cross-entropy in each layer that has parameters to train.
 
     batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device. Columns: kind;
-    parameters, the Euclidean norm over all of the layer's own; output, that of the gradient with
-    respect to the layer's output. Rows in the order in which the layers run, as in a training step.
-    Raises ValueError if all of the network is frozen.
+    parameters, the Euclidean norm over all of the layer's own. Rows in the model's order; layers
+    out of use have none. It runs as in a training step. ValueError if all of it is frozen.
     """
-    owned = {}
-    for name, layer in model.named_modules():
-        owned[name] = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-    if not any(owned.values()):
+    if not (trained := [p for p in model.parameters() if p.requires_grad]):
         raise ValueError("gradient_norms: the model has no parameter that requires a gradient.")
-    rows: dict[str, dict] = {}
-
-    def after(name: str, layer: nn.Module, output: Tensor) -> None:
-        if owned[name]:
-            row = rows[name] = {"kind": type(layer).__name__, "parameters": 0.0, "output": 0.0}
-            # A hook on the tensor still sees its gradient if the next layer works in place.
-            output.register_hook(lambda grad: row.update(output=_norm([grad])))
-
     with torch.enable_grad():
-        loss = F.cross_entropy(_training_step(model, batch[0], after), batch[1])
-    flat = [p for name in rows for p in owned[name]]
-    grads = dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True)))
-    for name, row in rows.items():
-        row["parameters"] = _norm([grads[p] for p in owned[name]])
+        loss = F.cross_entropy(_training_step(model, batch[0]), batch[1])
+    grads, rows = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True))), {}
+    for name, layer in model.named_modules():
+        own = [grads.get(p) for p in layer.parameters(recurse=False)]
+        if own := [grad.flatten().cpu() for grad in own if grad is not None]:
+            norm = torch.cat(own).double().norm()  # in float32, the square of a tiny one would be 0
+            rows[name] = {"kind": type(layer).__name__, "parameters": float(norm)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
-def _norm(grads: Sequence[Tensor]) -> float:
-    """Their norm together; in float64, where the square of a tiny gradient is not yet 0."""
-    return float(torch.cat([grad.detach().flatten().cpu() for grad in grads]).double().norm())
-
-
 def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
-    """Statistics of each layer's output; batch, order and running as for gradient_norms.
+    """Statistics of each layer's last output; batch as for gradient_norms, running as there.
 
-    Columns: kind; mean and rms (root mean square) over all values of the batch; spread, the rms of
-    what is left of them without the batch's mean image: 0 if the layer cannot tell images apart;
-    zeros, the share that is exactly 0. For a layer that is used twice, its last use.
+    Columns: kind; rms, the root mean square over all values of the batch; spread, that of what is
+    left of them without the batch's mean image: 0 if the layer cannot tell images apart.
     """
     rows: dict[str, dict] = {}
 
@@ -89,14 +72,12 @@ def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataF
         values = output.float()
         rows[name] = {
             "kind": type(layer).__name__,
-            "mean": float(values.mean()),
             "rms": float(values.square().mean().sqrt()),
             "spread": float(values.var(dim=0, correction=0).mean().sqrt()),
-            "zeros": float((values == 0).float().mean()),
         }
 
-    with torch.no_grad():
-        _training_step(model, batch[0], after)
+    with torch.no_grad(), observed(model, after):
+        _training_step(model, batch[0])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 

@@ -15,12 +15,10 @@ class ResNet(ConvNet):
 
     Takes images of any size. Stages: stem, stage1, stage2, ...; stage2 and later halve the size.
     depth: 18, with four stages of two blocks and projections where the shape changes; or 6n + 2 for
-        the CIFAR family of section 4.2, with three stages of n blocks, where a shortcut pads the
-        missing channels with zeros and so has no parameters.
+        the CIFAR family of section 4.2: three stages of n blocks, shortcuts padded with zeros.
     width: channels of the first stage, by default 64 and 16; each stage doubles them.
     residual: False leaves out the shortcuts of the CIFAR family: the plain twin, whose parameters
-        are the same in name, number and shape. There is none at depth 18, as projections have
-        parameters.
+        are the same in name, number and shape. There is none at depth 18.
     """
 
     def __init__(
