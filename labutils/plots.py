@@ -112,10 +112,7 @@ def mistakes(images, labels, probs, classes, *, count: int = 10, columns: int = 
 
 @_styled
 def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) -> Figure:
-    """Loss and accuracy by epoch: mean over seeds, band from lowest to highest, val solid.
-
-    histories: those of an Experiment; losses in nats. chance: accuracy of guessing, a fraction.
-    """
+    """Loss and accuracy of an Experiment's histories; chance: accuracy of guessing, a fraction."""
     numbers = ["seed", "epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
     table, colors = _checked(histories, numbers, hue)
     _, (left, right) = _figure(title, 9.9, 3.7, columns=2)
@@ -137,10 +134,7 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
 def lines(
     table: DataFrame, *, x: str, y: str, hue: str, title: str, style=None, log_x=False
 ) -> Figure:
-    """One number against another: mean, and band from lowest to highest around solid lines.
-
-    style: a column of two values, drawn solid and dotted. log_x: with a tick at every x.
-    """
+    """y over x; style: a column of two values, solid and dotted; log_x: with a tick at every x."""
     table, colors = _checked(table, [x, y], hue, *([style] if style else []))
     _, (axis,) = _figure(title, 7.2, 4.4)
     note = ""
@@ -161,8 +155,7 @@ def dots(
 ) -> Figure:
     """One row a category y, one colour a hue: mean of x ± standard deviation of the sample.
 
-    marks: name -> category -> value, drawn as grey diamonds, then bars, where the table has the
-    category. colors: the hues' places in PALETTE; by default not those of models.
+    marks: name -> category -> value, in grey. colors: the hues' places in PALETTE.
     """
     table, hues = _checked(table, [x], hue, y)
     rows = list(table[y].unique())

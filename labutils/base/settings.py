@@ -22,9 +22,8 @@ _STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 def check(owner: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that fit their type hints; an int given for a float becomes a float, text does not.
+    """Values that fit their type hints, an int for a float as a float; owner: who asks.
 
-    owner: who asks. kinds: name -> type hint, pydantic's constraints and NotRequired allowed.
     Raises ValueError with one line for each value that does not fit or is unknown.
     """
     kind = with_config(_STRICT)(TypedDict(owner, dict(kinds)))

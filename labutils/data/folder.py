@@ -26,9 +26,8 @@ class DataError(RuntimeError):
 
 
 def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Arrays]]:
-    """Class names, and the arrays of each split that is there.
+    """Class names, and the arrays of each split: train/, and val/ or test/ (else val/ is test).
 
-    root: train/, and val/ or test/ (else val/ is the test split), with the same folder for a class.
     size: side in pixels that images are scaled to; the centre of a longer side is cut out.
     Raises DataError for a tree of another form and for a file that cannot be decoded.
     """

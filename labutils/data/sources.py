@@ -41,8 +41,7 @@ EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 def read(name: str, *, image_size: int | None = None) -> Raw:
     """Find a data set by name: embedded, an npz file, torchvision's files, torchvision's download.
 
-    image_size: side in pixels, by default 64 for folder:PATH and 128 for imagenette.
-    Raises ValueError for an unknown name, DataError for missing or damaged data.
+    image_size: as for load_data; by default 64 for folder:PATH and 128 for imagenette.
     """
     npz = data_dir() / f"{name}.npz"
     if name in EMBEDDED:
@@ -85,13 +84,13 @@ def _generated(name: str, size: int | None) -> Raw:
         pixels = f"the {spec.side} pixels of {name}"
         raise ValueError(f"load_data: image_size = {size} is no divisor of {pixels}.")
     for seed, (split, count) in enumerate({"train": spec.train, "test": spec.test}.items()):
-        scenes = generate(name, count, seed)
-        images, area = scenes.images, factor**2
+        scenes, area = generate(name, count, seed), factor**2
+        splits[split] = scenes.images, scenes.labels
         if factor > 1:
-            squares = images.reshape(count, 3, size, factor, size, factor)
+            squares = scenes.images.reshape(count, 3, size, factor, size, factor)
             # In whole numbers, halves up, so that the bytes are the same on every machine.
             images = ((squares.sum((3, 5), np.uint32) + area // 2) // area).astype(np.uint8)
-        splits[split] = images, scenes.labels
+            splits[split] = images, scenes.labels
     return "labutils.synthetic", scenes.classes, splits
 
 
@@ -151,11 +150,10 @@ def _torchvision(name: str, size: int | None) -> Raw:
     _download(name)
     try:
         if name == "imagenette":
-            found = datasets.Imagenette(root, size="160px").classes
+            names = tuple(words[0] for words in datasets.Imagenette(root, size="160px").classes)
+            if len(names) != 10:
+                raise ValueError(f"{len(names)} of 10 classes")
             _, splits = read_folder(root / known.folder, size or 128)
-            if len(found) != 10:
-                raise ValueError(f"{len(found)} of 10 classes")
-            names = tuple(synonyms[0] for synonyms in found)
             return "torchvision Imagenette, 160 px variant", names, splits
         for split in ("train", "test"):
             dataset = getattr(datasets, known.dataset)(root, train=split == "train")

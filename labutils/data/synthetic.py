@@ -19,14 +19,11 @@ from .stencils import FULL, GRID, REACH, SHAPES, TEXTURES, THINGS, TILE, distanc
 
 @dataclass(frozen=True)
 class Scenes:
-    """Generated images, and all that is known about them.
-
-    masks hold the pixels that the visible part of the object fills by half or more.
-    """
+    """Generated images, and all that is known about them."""
 
     images: np.ndarray  # uint8 [N, 3, H, W]
     labels: np.ndarray  # int64 [N], places in classes
-    masks: np.ndarray  # bool [N, H, W]
+    masks: np.ndarray  # bool [N, H, W], where the object can be seen in half of the pixel or more
     backgrounds: np.ndarray  # int64 [N], the kind, 0 to 9; a shortcut gives shape k the kind k
     classes: tuple[str, ...]
 
@@ -96,8 +93,9 @@ def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator
     light = 128 - sign * _between(rng, 0, 50, n)
     tint, depth = TINTS[backgrounds] + rng.integers(-12, 13, (n, 3)), _between(rng, 6, 15, n)
     pose = _pose(rng, _between(rng, 0.28, 0.42, n) * side, 0, side)
-    pair = _rgb(light - depth, tint), _rgb(light + depth, tint)
-    canvas = _textured(backgrounds, pose, side, *pair)
+    canvas = _textured(
+        backgrounds, pose, side, _rgb(light - depth, tint), _rgb(light + depth, tint)
+    )
     for _ in range(CLUTTER):
         pose = _pose(rng, _between(rng, 0.05, 0.2, n) * side, 0, side)
         thing = rng.integers(len(SHAPES), len(SHAPES) + len(THINGS), n)

@@ -44,10 +44,10 @@ class FastNet(ConvNet):
     def whiten(self, images: Tensor) -> None:
         """Make the first layer whiten 2x2 patches of images like these.
 
-        images: normalised training images, float [n, C, H, W]; a few thousand are enough.
+        images: normalised training images, float [n, C, H, W], a few thousand; else ValueError.
         A filter is an eigenvector of the patches' covariance, divided by the root of its eigenvalue
         + 5e-4 (airbench's number), so that rare noise is not amplified; by decreasing eigenvalue,
-        the largest component positive. Raises ValueError for images that do not fit.
+        the largest component positive.
         """
         # In double precision: a difference in the last bit would be other weights, another run.
         layer = self.stages["whiten"][0]

@@ -70,7 +70,7 @@ class ResidualMLP(nn.Sequential):
 
     hidden: the first has no skip; those after it are cut into blocks of `block` layers, the last of
         which takes what is left. Equal widths make as many parameters as in the MLP.
-    dropout: fraction of the input of each block's last linear layer that training drops.
+    dropout: as for ResidualBlock.
     """
 
     def __init__(
