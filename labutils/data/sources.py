@@ -85,12 +85,12 @@ def _generated(name: str, size: int | None) -> Raw:
         raise ValueError(f"load_data: image_size = {size} is no divisor of {pixels}.")
     for seed, (split, count) in enumerate({"train": spec.train, "test": spec.test}.items()):
         scenes, area = generate(name, count, seed), factor**2
-        splits[split] = scenes.images, scenes.labels
+        images = scenes.images
         if factor > 1:
-            squares = scenes.images.reshape(count, 3, size, factor, size, factor)
+            squares = images.reshape(count, 3, size, factor, size, factor)
             # In whole numbers, halves up, so that the bytes are the same on every machine.
             images = ((squares.sum((3, 5), np.uint32) + area // 2) // area).astype(np.uint8)
-            splits[split] = images, scenes.labels
+        splits[split] = images, scenes.labels
     return "labutils.synthetic", scenes.classes, splits
 
 

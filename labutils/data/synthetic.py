@@ -28,8 +28,7 @@ class Scenes:
     classes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Set:
+class _Set(NamedTuple):
     train: int  # images that load_data gives
     test: int
     side: int  # pixels
@@ -66,7 +65,6 @@ def generate(
     shortcut: the probability that the background is that of the object's shape; 0.1: independent.
     agreement: what became of the shortcut: kept, removed (background independent of the shape) or
         reversed (always that of another shape). Nothing else changes.
-    Raises ValueError for bad arguments.
     """
     check("generate", _KINDS, dict(zip(_KINDS, (name, count, seed, shortcut, agreement))))
     share = {"kept": shortcut, "removed": 0.1, "reversed": 0.0}[agreement]

@@ -23,14 +23,11 @@ PLAIN = Augment()
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images on one device, with the statistics that normalise them.
+    """Labelled images on one device, with the statistics that normalise them."""
 
-    images: uint8 [N, C, H, W]. labels: int64 [N]. mean, std: per channel, for pixels in [0, 1].
-    """
-
-    images: Tensor
-    labels: Tensor
-    mean: tuple[float, ...]
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    mean: tuple[float, ...]  # of each channel, for pixels in [0, 1]
     std: tuple[float, ...]
 
     def __len__(self) -> int:
@@ -115,8 +112,7 @@ class ImageData:
         return len(self.classes)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
+    def image_shape(self) -> tuple[int, int, int]:  # (C, H, W)
         return tuple(self.train.images.shape[1:])
 
     @property

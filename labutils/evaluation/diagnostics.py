@@ -1,7 +1,4 @@
-"""What a network looks like from inside: its layers, the size of signals and of gradients.
-
-A layer is a module without children. Whatever happens, the model is left as it was.
-"""
+"""A network from inside; it is left as it was. A layer is a module without children."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,7 +83,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
     input_size: shape of one input, (C, H, W) or (F,); ValueError if the model cannot take it.
     A layer that is used twice has two rows, its parameters in the first. A multiplication and an
-    addition are two FLOPs, as torch counts. The last row is the sum. The model is left as it was.
+    addition are two FLOPs, as torch counts. The last row is the sum.
     """
     rows, seen, flops_before = [], set(), {}
     counter = FlopCounterMode(display=False)
@@ -95,8 +92,8 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
         flops_before[layer] = counter.get_total_flops()
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
-        row = {"layer": name or type(layer).__name__, "kind": type(layer).__name__}
-        row["output"] = "x".join(map(str, output.shape[1:]))
+        kind, size = type(layer).__name__, "x".join(map(str, output.shape[1:]))
+        row = {"layer": name or kind, "kind": kind, "output": size}
         row["parameters"] = sum(p.numel() for p in layer.parameters() if p not in seen)
         row["FLOPs"] = counter.get_total_flops() - flops_before[layer]
         rows.append(row)

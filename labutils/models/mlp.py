@@ -13,9 +13,8 @@ from .registry import Classes, register
 
 @register
 class MLP(nn.Sequential):
-    """Multilayer perceptron: flatten, then linear, (batch norm), ReLU for each width, then linear.
+    """Flatten, then linear, (batch norm), ReLU for each width, then linear: [N, ...] to logits.
 
-    Takes images [N, ...] with in_features numbers each, returns logits [N, num_classes].
     hidden: widths; [] is a linear classifier. dropout: fraction of the last width that is dropped.
     init: 'torch', or 'he': normal weights of variance 2 / inputs in front of a ReLU, which keep the
         size of the signal from layer to layer (He et al. 2015, https://arxiv.org/abs/1502.01852).
@@ -69,8 +68,7 @@ class ResidualMLP(nn.Sequential):
     """The MLP with the same hidden layers, at least two, and skips over blocks of them.
 
     hidden: the first has no skip; those after it are cut into blocks of `block` layers, the last of
-        which takes what is left. Equal widths make as many parameters as in the MLP.
-    dropout: as for ResidualBlock.
+        which takes what is left. Equal widths: as many parameters as in the MLP. dropout: as above.
     """
 
     def __init__(

@@ -47,8 +47,7 @@ class ResNet(ConvNet):
         super().__init__(stages, global_average(), nn.Linear(channels, num_classes))
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
-                # He et al. 2015, https://arxiv.org/abs/1502.01852, as torchvision draws them. Under
-                # batch normalisation their scale decides how far a step turns the weights.
+                # He et al. 2015, https://arxiv.org/abs/1502.01852, as torchvision draws them.
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
 
