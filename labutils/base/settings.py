@@ -22,7 +22,7 @@ _STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 def check(owner: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that fit their type hints; `owner` asks. ValueError has a line for each that does not."""
+    """Values that fit their type hints; else a ValueError, one line a value, that names `owner`."""
     kind = with_config(_STRICT)(TypedDict(owner, dict(kinds)))
     with _readable_errors(kinds):
         return TypeAdapter(kind).validate_python(dict(values))
