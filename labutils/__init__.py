@@ -1,7 +1,6 @@
 """Train, compare, transfer and explain small neural networks, reproducibly.
 
-`import labutils as lab` gives what notebooks use. Names are looked up when they are first used, so
-that the import itself costs what importing torch costs.
+`import labutils as lab` gives what notebooks use, looked up on first use: the import is quick.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "base.settings": ["Augment", "TrainConfig", "recipe"],
-    "base.files": ["images_dir"],
     "base.device": ["resolve_device", "seed_everything"],
     "data.synthetic": ["generate"],
     "data.sources": ["DataError"],

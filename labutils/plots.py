@@ -97,9 +97,7 @@ def image_grid(images, captions: Sequence[str], *, title: str, columns: int = 10
     return figure
 
 
-def mistakes(
-    images, labels, probs, classes, *, title="Wrong, and sure of it", count=10, columns=10
-) -> Figure:
+def mistakes(images, labels, probs, classes, *, count: int = 10, columns: int = 10) -> Figure:
     """The surest mistakes first. images: uint8 [N, C, H, W], probs: [N, num_classes], no GPU."""
     images, labels, probs = np.asarray(images), np.asarray(labels), np.asarray(probs)
     preds, confidence = probs.argmax(axis=1), probs.max(axis=1)
@@ -108,16 +106,13 @@ def mistakes(
         f"{classes[preds[i]]}?\nno, {classes[labels[i]]}\n{100 * confidence[i]:.0f} % sure"
         for i in wrong
     ]
-    title = title if wrong else f"No mistake among {len(labels):,} images."
+    title = "Wrong, and sure of it" if wrong else f"No mistake among {len(labels):,} images."
     return image_grid(images[wrong], captions, title=title, columns=columns)
 
 
 @_styled
 def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) -> Figure:
-    """Loss and accuracy by epoch: mean over seeds, band from lowest to highest, val solid.
-
-    histories: those of an Experiment; losses in nats. chance: accuracy of guessing, a fraction.
-    """
+    """Loss and accuracy of an Experiment's histories; chance: accuracy of guessing, a fraction."""
     numbers = ["seed", "epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
     table, colors = _checked(histories, numbers, hue)
     _, (left, right) = _figure(title, 9.9, 3.7, columns=2)
@@ -137,12 +132,9 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
 
 @_styled
 def lines(
-    table: DataFrame, *, x: str, y: str, hue: str, title: str, style=None, log_x=False, log_y=False
+    table: DataFrame, *, x: str, y: str, hue: str, title: str, style=None, log_x=False
 ) -> Figure:
-    """One number against another: mean, and band from lowest to highest around solid lines.
-
-    style: a column of two values, drawn solid and dotted. log_x: with a tick at every x.
-    """
+    """y over x; style: a column of two values, solid and dotted; log_x: with a tick at every x."""
     table, colors = _checked(table, [x, y], hue, *([style] if style else []))
     _, (axis,) = _figure(title, 7.2, 4.4)
     note = ""
@@ -154,8 +146,6 @@ def lines(
         ticks = sorted(table[x][table[x] > 0].unique())
         axis.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:g}" for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
-    if log_y:
-        _log_ticks(axis.yaxis)
     return _named(axis, colors)
 
 
@@ -165,8 +155,7 @@ def dots(
 ) -> Figure:
     """One row a category y, one colour a hue: mean of x ± standard deviation of the sample.
 
-    marks: name -> category -> value, drawn as grey diamonds, then bars, where the table has the
-    category. colors: the hues' places in PALETTE; by default not those of models.
+    marks: name -> category -> value, in grey. colors: the hues' places in PALETTE.
     """
     table, hues = _checked(table, [x], hue, y)
     rows = list(table[y].unique())
@@ -220,10 +209,10 @@ def layers(table: DataFrame, *, panel: str, hue: str, y: str, title: str) -> Fig
 
 
 @_styled
-def heatmap(table: DataFrame, *, title: str, label: str, digits: int = 1) -> Figure:
+def heatmap(table: DataFrame, *, title: str, label: str) -> Figure:
     """A table of numbers as coloured, annotated cells; its index and columns carry their names."""
     figure, (axis,) = _figure(title, 2.2 + 0.85 * table.shape[1], 1.3 + 0.5 * table.shape[0])
-    cells = {"annot": True, "fmt": f".{digits}f", "linewidths": 0.5, "cbar_kws": {"label": label}}
+    cells = {"annot": True, "fmt": ".1f", "linewidths": 0.5, "cbar_kws": {"label": label}}
     sns.heatmap(table, ax=axis, cmap="viridis", **cells)
     axis.tick_params(length=0, rotation=0)
     axis.invert_yaxis()
@@ -251,12 +240,12 @@ def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
 
 
 @_styled
-def reliability_diagram(bins: DataFrame, *, hue: str, title: str, min_images: int = 10) -> Figure:
-    """Accuracy against confidence. bins: of calibration_bins, with hue; small ones are left out."""
+def reliability_diagram(bins: DataFrame, *, hue: str, title: str) -> Figure:
+    """Accuracy against confidence. bins: of calibration_bins, with hue; not if under 10 images."""
     table, colors = _checked(bins, ["confidence", "accuracy", "images"], hue)
     figure, (axis,) = _figure(title, 7.4, 4.4)
     axis.plot([0, 100], [0, 100], color=GREY, lw=1, ls="--", label="perfectly calibrated")
-    for name, rows in table[table["images"] >= min_images].groupby(hue, sort=False):
+    for name, rows in table[table["images"] >= 10].groupby(hue, sort=False):
         points = (100 * rows["confidence"], 100 * rows["accuracy"])
         axis.plot(*points, color=colors[name], label=name)
         axis.scatter(*points, s=6 * np.sqrt(rows["images"]), color=colors[name])

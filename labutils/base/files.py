@@ -32,16 +32,8 @@ def _folder(name: str) -> Path:
 
 data_dir = partial(_folder, "data")  # where data sets are looked for: $LABUTILS_DATA, else data/
 runs_dir = partial(_folder, "runs")  # where runs are kept: $LABUTILS_RUNS, else runs/
-
-
-def models_dir() -> Path:
-    """Where published runs are kept: models/ in the project."""
-    return project_dir() / "models"
-
-
-def images_dir() -> Path:
-    """Where reports leave their figures: images/ in the project."""
-    return project_dir() / "images"
+models_dir = partial(_folder, "models")  # where published runs are kept
+images_dir = partial(_folder, "images")  # where reports leave their figures
 
 
 @contextmanager

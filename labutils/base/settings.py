@@ -22,11 +22,7 @@ _STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 def check(owner: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that fit their type hints; an int given for a float becomes a float, text does not.
-
-    owner: who asks. kinds: name -> type hint, pydantic's constraints and NotRequired allowed.
-    Raises ValueError with one line for each value that does not fit or is unknown.
-    """
+    """Values that fit their type hints; else a ValueError, one line a value, that names `owner`."""
     kind = with_config(_STRICT)(TypedDict(owner, dict(kinds)))
     with _readable_errors(kinds):
         return TypeAdapter(kind).validate_python(dict(values))

@@ -33,10 +33,7 @@ def require_fit(augment: Augment, shape: Sequence[int]) -> None:
 
 
 def draw(augment: Augment, shape: Sequence[int], seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """The flips, corners and centres of an epoch, as crop_and_flip and blank take them.
-
-    shape: of the images, (N, C, H, W). Raises ValueError if they are too small for a setting.
-    """
+    """The flips, corners and centres of an epoch of images of this shape, (N, C, H, W)."""
     require_fit(augment, shape)
     count, window, alternating = shape[0], 2 * augment.crop + 1, augment.flip == "alternating"
     key = ("flip", seed) if alternating else ("flip", seed, epoch)
@@ -53,10 +50,9 @@ def draw_pixels(count: int, sizes: Sequence[int], *key: int | str) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, pad: int) -> Tensor:
-    """Pad each image with its mirrored border, cut its size out again, perhaps left for right.
+    """Pad each image [N, C, H, W] with its mirrored border, cut its size out, flip where flips [N].
 
-    images: any dtype [N, C, H, W]. corners: int64 [N, 2], row and column of the window's corner in
-    the padded image, 0 to 2 pad. flips: bool [N]. Returns the shape of images.
+    corners: int64 [N, 2], row and column of the window's corner in the padded image, 0 to 2 pad.
     """
     # Nothing is padded in fact: one gather looks each pixel up, which takes less time and memory.
     mirrored = []
@@ -70,10 +66,7 @@ def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, pad: int) -> T
 
 
 def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
-    """Rotate, zoom and shift each image at random, bilinear, with its border continued.
-
-    images: float [N, C, H, W]; so is the result. The four draws are independent and uniform.
-    """
+    """Rotate, zoom, shift each image at random, bilinear, border continued: float [N, C, H, W]."""
     n, _, height, width = images.shape
     drawn = torch.rand(4, n, generator=generator).mul_(2).sub_(1)
     turn, scale, right, down = drawn.to(images.device, non_blocking=True)

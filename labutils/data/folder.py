@@ -26,9 +26,8 @@ class DataError(RuntimeError):
 
 
 def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Arrays]]:
-    """Class names, and the arrays of each split that is there.
+    """Class names, and the arrays of each split: train/, and val/ or test/ (else val/ is test).
 
-    root: train/, and val/ or test/ (else val/ is the test split), with the same folder for a class.
     size: side in pixels that images are scaled to; the centre of a longer side is cut out.
     Raises DataError for a tree of another form and for a file that cannot be decoded.
     """
@@ -36,16 +35,14 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
     trees, splits = {split: _image_files(root / split) for split in found}, {}
     classes = sorted(set().union(*trees.values()))
     if "train" not in found or len(found) < 2 or not classes:
-        raise DataError(
-            f"load_data: {root} holds {', '.join(found) or 'none'} of train/, val/, test/. Needed: "
-            "train/CLASS/IMAGE and the same under val/ or test/."
-        )
+        problem = f"{root} holds {', '.join(found) or 'none'} of train/, val/, test/"
+        needed = "train/CLASS/IMAGE and the same under val/ or test/"
+        raise DataError(f"load_data: {problem}. Needed: {needed}.")
     for split, tree in trees.items():
         if missing := [name for name in classes if not tree.get(name)]:
-            raise DataError(
-                f"load_data: {root / split} has no image of the classes {', '.join(missing)}. Add "
-                f"some ({', '.join(SUFFIXES)}) or remove these folders from all splits."
-            )
+            problem = f"{root / split} has no image of the classes {', '.join(missing)}"
+            hint = f"Add some ({', '.join(SUFFIXES)}) or remove these folders from all splits"
+            raise DataError(f"load_data: {problem}. {hint}.")
         labels = np.repeat(np.arange(len(classes)), [len(tree[name]) for name in classes])
         # Files come class by class; elsewhere the first images of a set are some of each class.
         order = np.random.default_rng(0).permutation(len(labels))
@@ -108,7 +105,5 @@ def _decode(path: Path, size: int) -> np.ndarray:
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:  # Pillow, too, reports damage as almost any exception
-        raise DataError(
-            f"load_data: {path} cannot be decoded ({first_line(error)}). Replace or remove the "
-            f"file. Read are {', '.join(FORMATS)}."
-        ) from error
+        problem = f"{path} cannot be decoded ({first_line(error)}). Replace or remove the file"
+        raise DataError(f"load_data: {problem}. Read are {', '.join(FORMATS)}.") from error

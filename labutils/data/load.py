@@ -13,9 +13,8 @@ from ..base.settings import PositiveInt, Seed, check
 from .sources import Arrays, read
 from .tensors import ImageData, Split, pixel_statistics
 
-_SUBSET = Annotated[float, Field(gt=0, le=1)]
-_KINDS = {"name": str, "val_size": float, "subset": _SUBSET, "seed": Seed}
-_KINDS["image_size"] = PositiveInt | None
+_KINDS = {"name": str, "val_size": float, "subset": Annotated[float, Field(gt=0, le=1)]}
+_KINDS |= {"seed": Seed, "image_size": PositiveInt | None}
 
 
 def load_data(
@@ -33,12 +32,10 @@ def load_data(
         NAME of $LABUTILS_DATA/NAME.npz, or folder:PATH (train/CLASS/IMAGE, and val/ or test/).
     val_size: images, or a fraction, cut from train unless the source has a val beside its test.
     subset: fraction of the remaining training images to keep. All cuts keep the class shares.
-    seed: fixes which images go where; the cut is the same on every machine.
-    image_size: side in pixels, for folder:PATH, imagenette and, as a divisor, generated sets.
+    seed: fixes all cuts. image_size: side in pixels, for folder:PATH, imagenette, generated sets.
     Raises ValueError for bad arguments, DataError for missing or damaged data.
     """
-    values = name, val_size, subset, seed, image_size
-    check("load_data", _KINDS, dict(zip(_KINDS, values)))
+    check("load_data", _KINDS, dict(zip(_KINDS, (name, val_size, subset, seed, image_size))))
     device = resolve_device(device)
     source, classes, splits = read(name, image_size=image_size)
     if "val" not in splits:
@@ -61,9 +58,8 @@ def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
     try:
         parts = train_test_split(numbers, test_size=size, stratify=labels, random_state=seed)
     except ValueError as error:
-        classes = len(np.unique(labels))
-        raise ValueError(
-            f"load_data: {what} = {size!r} does not fit {len(labels):,} training images. Give a "
-            f"fraction in (0, 1) or {classes} to {len(labels) - classes} images; classes need two."
-        ) from error
+        classes, problem = len(np.unique(labels)), f"does not fit {len(labels):,} training images"
+        allowed = f"a fraction in (0, 1) or {classes} to {len(labels) - classes} images"
+        hint = f"Give {allowed}; classes need two."
+        raise ValueError(f"load_data: {what} = {size!r} {problem}. {hint}") from error
     return [(images[index], labels[index]) for index in map(np.sort, parts)]

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from ..base.files import data_dir, project_dir
 from ..base.settings import first_line, suggestion
 from .folder import Arrays, DataError, read_folder
-from .synthetic import SETS, class_names, generate
+from .synthetic import SETS, generate
 
 Raw = tuple[str, tuple[str, ...], dict[str, Arrays]]  # source, classes, arrays of each split
 
@@ -41,8 +41,7 @@ EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 def read(name: str, *, image_size: int | None = None) -> Raw:
     """Find a data set by name: embedded, an npz file, torchvision's files, torchvision's download.
 
-    image_size: side in pixels, by default 64 for folder:PATH and 128 for imagenette.
-    Raises ValueError for an unknown name, DataError for missing or damaged data.
+    image_size: as for load_data; by default 64 for folder:PATH and 128 for imagenette.
     """
     npz = data_dir() / f"{name}.npz"
     if name in EMBEDDED:
@@ -55,17 +54,13 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
         load = _torchvision
     else:
         names = [*EMBEDDED, *KNOWN]
-        raise ValueError(
-            f"load_data: unknown data set {name!r}.{suggestion(name, names)} Known: "
-            f"{', '.join(names)}, folder:PATH, or any NAME without a slash for which "
-            f"{data_dir()}/NAME.npz exists."
-        )
+        problem = f"unknown data set {name!r}.{suggestion(name, names)} Known: {', '.join(names)}"
+        more = f"folder:PATH, or any NAME without a slash for which {data_dir()}/NAME.npz exists"
+        raise ValueError(f"load_data: {problem}, {more}.")
     sized = load is _folder or (load is not _npz and name in (*SETS, "imagenette"))
     if image_size is not None and not sized:
-        raise ValueError(
-            f"load_data: image_size = {image_size!r} has no effect on {name!r}. Leave it out; it "
-            f"is for imagenette, {', '.join(SETS)} and folder:PATH."
-        )
+        hint = f"Leave it out; it is for imagenette, {', '.join(SETS)} and folder:PATH."
+        raise ValueError(f"load_data: image_size = {image_size} has no effect on {name!r}. {hint}")
     try:
         return load(name, image_size)
     except OSError as error:  # a folder that nobody may read, a path that is too long
@@ -86,17 +81,17 @@ def _generated(name: str, size: int | None) -> Raw:
     spec, splits = SETS[name], {}
     factor, rest = divmod(spec.side, size or spec.side)
     if rest:
-        sides = f"the {spec.side} pixels of {name}"
-        raise ValueError(f"load_data: image_size = {size} is no divisor of {sides}.")
+        pixels = f"the {spec.side} pixels of {name}"
+        raise ValueError(f"load_data: image_size = {size} is no divisor of {pixels}.")
     for seed, (split, count) in enumerate({"train": spec.train, "test": spec.test}.items()):
-        scenes = generate(name, count, seed)
-        images, area = scenes.images, factor**2
+        scenes, area = generate(name, count, seed), factor**2
+        images = scenes.images
         if factor > 1:
             squares = images.reshape(count, 3, size, factor, size, factor)
             # In whole numbers, halves up, so that the bytes are the same on every machine.
             images = ((squares.sum((3, 5), np.uint32) + area // 2) // area).astype(np.uint8)
         splits[split] = images, scenes.labels
-    return "labutils.synthetic", class_names(name), splits
+    return "labutils.synthetic", scenes.classes, splits
 
 
 def _npz(name: str, _) -> Raw:
@@ -108,10 +103,11 @@ def _npz(name: str, _) -> Raw:
         if shapes[0] != shapes[1]:
             raise ValueError(f"images [C, H, W] are {shapes[0]} in x_train, {shapes[1]} in x_test")
     except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
-        raise DataError(
-            f"load_data: {path} cannot be read ({first_line(error)}). Replace or move it. Needed: "
-            "x_train, y_train, x_test, y_test: images uint8 [N, H, W(, 1 or 3)], labels int [N]."
-        ) from error
+        problem = f"load_data: {path} cannot be read ({first_line(error)}). Replace or move it"
+        needed = (
+            "x_train, y_train, x_test, y_test: images uint8 [N, H, W(, 1 or 3)], labels int [N]"
+        )
+        raise DataError(f"{problem}. Needed: {needed}") from error
     return path.name, _names(path, splits["train"][1], splits["test"][1]), splits
 
 
@@ -120,9 +116,9 @@ def _checked(images: np.ndarray, labels: np.ndarray, split: str, limit: int = 2*
     found = f"x_{split} is {images.dtype} {images.shape}, y_{split} {labels.dtype} {labels.shape}"
     images = images[..., None] if images.ndim == 3 else images
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(found)
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or images.size == 0:
+    are_images = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
+    are_labels = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    if not (are_images and are_labels and images.size):
         raise ValueError(found)
     if (bad := labels[(labels < 0) | (labels >= limit)]).size:
         raise ValueError(f"y_{split} holds the label {bad[0]}")
@@ -141,10 +137,9 @@ def _names(path: Path, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
     elif not names:
         names = [str(number) for number in range(len(np.unique(train)))]
     if (highest := int(max(train.max(), test.max()))) >= len(names):
-        raise DataError(
-            f"load_data: {path} has labels up to {highest}, but {len(names)} class names. Put a "
-            f"JSON list of all {highest + 1} into {beside} or number the classes of train from 0."
-        )
+        problem = f"{path} has labels up to {highest}, but {len(names)} class names"
+        hint = f"Put a JSON list of all {highest + 1} into {beside} or number the classes from 0"
+        raise DataError(f"load_data: {problem}. {hint}.")
     return tuple(names)
 
 
@@ -155,21 +150,19 @@ def _torchvision(name: str, size: int | None) -> Raw:
     _download(name)
     try:
         if name == "imagenette":
-            found = datasets.Imagenette(root, size="160px").classes
+            names = tuple(words[0] for words in datasets.Imagenette(root, size="160px").classes)
+            if len(names) != 10:
+                raise ValueError(f"{len(names)} of 10 classes")
             _, splits = read_folder(root / known.folder, size or 128)
-            if len(found) != 10:
-                raise ValueError(f"{len(found)} of 10 classes")
-            names = tuple(synonyms[0] for synonyms in found)
             return "torchvision Imagenette, 160 px variant", names, splits
         for split in ("train", "test"):
             dataset = getattr(datasets, known.dataset)(root, train=split == "train")
             names, arrays = known.classes or dataset.classes, (dataset.data, dataset.targets)
             splits[split] = _checked(*map(np.asarray, arrays), split, len(names))
     except Exception as error:  # torchvision reports damage as almost any exception
-        raise DataError(
-            f"load_data: {root / known.folder} is damaged or incomplete ({first_line(error)}). "
-            f"Delete that folder and run again, or put a whole copy at {root / name}.npz."
-        ) from error
+        problem = f"{root / known.folder} is damaged or incomplete ({first_line(error)})"
+        hint = f"Delete that folder and run again, or put a whole copy at {root / name}.npz"
+        raise DataError(f"load_data: {problem}. {hint}.") from error
     return f"torchvision {known.dataset}", tuple(names), splits
 
 

@@ -55,8 +55,7 @@ def distances() -> np.ndarray:
         "bar": box(1, 0.2),
         "pebble": polygon(*pebble),
     }
-    stacked = np.stack([tables[name] for name in (*SHAPES, *THINGS)])
-    return np.rint(stacked * 1024).astype(np.int16)
+    return np.rint(1024 * np.stack([tables[name] for name in (*SHAPES, *THINGS)])).astype(np.int16)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ at a time, which IEEE 754 fixes to the bit, and is rounded to whole numbers befo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -19,22 +19,16 @@ from .stencils import FULL, GRID, REACH, SHAPES, TEXTURES, THINGS, TILE, distanc
 
 @dataclass(frozen=True)
 class Scenes:
-    """Generated images, and all that is known about them.
+    """Generated images, and all that is known about them."""
 
-    images: uint8 [N, 3, H, W]. labels: int64 [N], places in classes.
-    masks: bool [N, H, W], the pixels that the visible part of the object fills by half or more.
-    backgrounds: int64 [N] in 0..9, the kind of background; a shortcut gives shape k the kind k.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    masks: np.ndarray
-    backgrounds: np.ndarray
+    images: np.ndarray  # uint8 [N, 3, H, W]
+    labels: np.ndarray  # int64 [N], places in classes
+    masks: np.ndarray  # bool [N, H, W], where the object can be seen in half of the pixel or more
+    backgrounds: np.ndarray  # int64 [N], the kind, 0 to 9; a shortcut gives shape k the kind k
     classes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Set:
+class _Set(NamedTuple):
     train: int  # images that load_data gives
     test: int
     side: int  # pixels
@@ -68,15 +62,15 @@ def generate(
 
     name: shapes10, shapes100 (shape x texture), both 32x32, or scenes10, 96x96.
     seed: fixes the images; a larger count adds to them. load_data trains on 0 and tests on 1.
-    shortcut: the probability that the background is the one of the object's shape. With 0.1 it is
-        independent of the shape, which is one of ten.
+    shortcut: the probability that the background is that of the object's shape; 0.1: independent.
     agreement: what became of the shortcut: kept, removed (background independent of the shape) or
         reversed (always that of another shape). Nothing else changes.
-    Raises ValueError for bad arguments.
     """
     check("generate", _KINDS, dict(zip(_KINDS, (name, count, seed, shortcut, agreement))))
     share = {"kept": shortcut, "removed": 0.1, "reversed": 0.0}[agreement]
-    spec, classes = SETS[name], class_names(name)
+    spec, classes = SETS[name], tuple(SHAPES)
+    if spec.textured:
+        classes = tuple(f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES)
     labels = np.arange(count, dtype=np.int64) % len(classes)
     blocks, at_once = [], 2**16 // spec.side**2  # so many that arrays stay in the cache
     for start in range(0, count, at_once):
@@ -84,12 +78,6 @@ def generate(
         blocks.append(_draw(spec, np.arange(start, start + at_once) % len(classes), share, rng))
     images, masks, backgrounds = (np.concatenate(parts)[:count] for parts in zip(*blocks))
     return Scenes(images, labels, masks, backgrounds, classes)
-
-
-def class_names(name: str) -> tuple[str, ...]:
-    """What the labels of a generated data set mean."""
-    pairs = [f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES]
-    return tuple(pairs if SETS[name].textured else SHAPES)
 
 
 def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator):
@@ -103,8 +91,9 @@ def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator
     light = 128 - sign * _between(rng, 0, 50, n)
     tint, depth = TINTS[backgrounds] + rng.integers(-12, 13, (n, 3)), _between(rng, 6, 15, n)
     pose = _pose(rng, _between(rng, 0.28, 0.42, n) * side, 0, side)
-    pair = _rgb(light - depth, tint), _rgb(light + depth, tint)
-    canvas = _textured(backgrounds, pose, side, *pair)
+    canvas = _textured(
+        backgrounds, pose, side, _rgb(light - depth, tint), _rgb(light + depth, tint)
+    )
     for _ in range(CLUTTER):
         pose = _pose(rng, _between(rng, 0.05, 0.2, n) * side, 0, side)
         thing = rng.integers(len(SHAPES), len(SHAPES) + len(THINGS), n)
@@ -149,8 +138,7 @@ def _paint(canvas: np.ndarray, weight: np.ndarray, colour: np.ndarray) -> None:
     canvas += (colour - canvas) * weight // FULL
 
 
-@dataclass(frozen=True)
-class _Pose:
+class _Pose(NamedTuple):
     """Where a table lies in each image: centre [2, n] and radius [n] in pixels, its direction."""
 
     centre: np.ndarray

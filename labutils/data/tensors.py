@@ -23,14 +23,11 @@ PLAIN = Augment()
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images on one device, with the statistics that normalise them.
+    """Labelled images on one device, with the statistics that normalise them."""
 
-    images: uint8 [N, C, H, W]. labels: int64 [N]. mean, std: per channel, for pixels in [0, 1].
-    """
-
-    images: Tensor
-    labels: Tensor
-    mean: tuple[float, ...]
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    mean: tuple[float, ...]  # of each channel, for pixels in [0, 1]
     std: tuple[float, ...]
 
     def __len__(self) -> int:
@@ -60,12 +57,11 @@ class Split:
     def shuffled(
         self, batch_size: int, *, seed: int, epoch: int, start: int = 0, augment: Augment = PLAIN
     ) -> Batches:
-        """The batches of one training epoch, from batch number `start` on.
+        """The batches of one training epoch, from batch number `start` on, for a run that resumes.
 
-        They depend on seed and epoch alone, so that a run can be resumed within an epoch. A last
-        batch of one image is left out: batch normalisation has nothing to normalise there.
-        augment.flip: 'random' draws half of the images anew every epoch; 'alternating' draws once,
-        so that two epochs show every image both ways (https://arxiv.org/abs/2404.00498).
+        They depend on seed and epoch alone. A last batch of one image, which batch normalisation
+        cannot take, is left out. augment.flip: 'random' draws half of the images every epoch,
+        'alternating' once, so that two show each both ways (https://arxiv.org/abs/2404.00498).
         Raises ValueError if the images are too small for augment.crop or augment.cutout.
         """
         count, device, num_batches = len(self), self.images.device, self.num_batches(batch_size)
@@ -101,13 +97,11 @@ class ImageData:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that name images, labels, classes and the cut as they are now.
-
-        Changes through .numpy() or .data go unseen: PyTorch does not count them.
-        """
+        """Twelve hexadecimal digits for images, labels, classes and the cut as they are now."""
         splits = self.train, self.val, self.test
         tensors = [tensor for split in splits for tensor in (split.images, split.labels)]
-        # Nor does it count those of tensors made in inference mode: they are read anew each time.
+        # PyTorch does not count changes of tensors made in inference mode (so these are read anew
+        # each time) nor those through .numpy() or .data, which go unseen.
         state = [object() if t.is_inference() else (id(t), t._version) for t in tensors]
         if vars(self).get("_state") != state:
             vars(self).update(_state=state, _fingerprint=_fingerprint(self.classes, splits))
@@ -118,8 +112,7 @@ class ImageData:
         return len(self.classes)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
+    def image_shape(self) -> tuple[int, int, int]:  # (C, H, W)
         return tuple(self.train.images.shape[1:])
 
     @property
@@ -128,9 +121,8 @@ class ImageData:
 
     def __str__(self) -> str:
         sizes = f"{len(self.train):,} train, {len(self.val):,} val, {len(self.test):,} test"
-        images = f"{sizes} images of {'x'.join(map(str, self.image_shape))}"
-        facts = f"{self.num_classes} classes, fingerprint {self.fingerprint}"
-        return f"{self.name} from {self.source}: {images}, {facts}"
+        images = f"images of {'x'.join(map(str, self.image_shape))}, {self.num_classes} classes"
+        return f"{self.name} from {self.source}: {sizes} {images}, fingerprint {self.fingerprint}"
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,7 +1,4 @@
-"""What a network looks like from inside: its layers, the size of signals and of gradients.
-
-A layer is a module without children. Whatever happens, the model is left as it was.
-"""
+"""A network from inside; it is left as it was. A layer is a module without children."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,8 +6,10 @@ from contextlib import contextmanager
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.random import fork_rng
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.settings import first_line
@@ -31,60 +30,38 @@ def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) 
         yield
 
 
-@contextmanager
-def _as_in_training(model: nn.Module) -> Iterator[None]:
-    """Training mode; then modes, buffers (statistics of batch norm), random state as before."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(range(torch.cuda.device_count())), in_mode(model, training=True):
-        try:
-            yield
-        finally:
-            for name, buffer in model.named_buffers():
-                buffer.data.copy_(buffers[name])
+def _training_step(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of a training step; modes, buffers and random state are left alone."""
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with in_mode(model, training=True), fork_rng(range(torch.cuda.device_count())):
+        return functional_call(model, statistics, (images,))
 
 
 def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
     """Norm of the gradient of the mean cross-entropy in each layer that has parameters to train.
 
-    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device.
-    Columns: kind; parameters, the Euclidean norm over all of the layer's own; output, that of the
-    gradient with respect to the layer's output. Rows in the order in which the layers run.
-    The network runs as in a training step and is left as it was. ValueError if all of it is frozen.
+    batch: images, float [n, C, H, W], and labels, int64 [n], on the model's device. Columns: kind;
+    parameters, the Euclidean norm over all of the layer's own. Rows in the model's order; layers
+    out of use have none. It runs as in a training step. ValueError if all of it is frozen.
     """
-    owned = {}
-    for name, layer in model.named_modules():
-        owned[name] = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-    if not any(owned.values()):
+    if not (trained := [p for p in model.parameters() if p.requires_grad]):
         raise ValueError("gradient_norms: the model has no parameter that requires a gradient.")
-    rows: dict[str, dict] = {}
-
-    def after(name: str, layer: nn.Module, output: Tensor) -> None:
-        if owned[name]:
-            row = rows[name] = {"kind": type(layer).__name__, "parameters": 0.0, "output": 0.0}
-            # A hook on the tensor still sees its gradient if the next layer works in place.
-            output.register_hook(lambda grad: row.update(output=_norm([grad])))
-
-    with _as_in_training(model), torch.enable_grad():
-        with observed(model, after):
-            loss = F.cross_entropy(model(batch[0]), batch[1])
-        flat = [p for name in rows for p in owned[name]]
-        grads = dict(zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True)))
-    for name, row in rows.items():
-        row["parameters"] = _norm([grads[p] for p in owned[name]])
+    with torch.enable_grad():
+        loss = F.cross_entropy(_training_step(model, batch[0]), batch[1])
+    grads, rows = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True))), {}
+    for name, layer in model.named_modules():
+        own = [grads.get(p) for p in layer.parameters(recurse=False)]
+        if own := [grad.flatten().cpu() for grad in own if grad is not None]:
+            norm = torch.cat(own).double().norm()  # in float32, the square of a tiny one would be 0
+            rows[name] = {"kind": type(layer).__name__, "parameters": float(norm)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
-def _norm(grads: Sequence[Tensor]) -> float:
-    """Their norm together; in float64, where the square of a tiny gradient is not yet 0."""
-    return float(torch.cat([grad.detach().flatten().cpu() for grad in grads]).double().norm())
-
-
 def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
-    """Statistics of each layer's output; batch, order and running as for gradient_norms.
+    """Statistics of each layer's last output; batch as for gradient_norms, running as there.
 
-    Columns: kind; mean and rms (root mean square) over all values of the batch; spread, the rms of
-    what is left of them without the batch's mean image: 0 if the layer cannot tell images apart;
-    zeros, the share that is exactly 0. For a layer that is used twice, its last use.
+    Columns: kind; rms, the root mean square over all values of the batch; spread, that of what is
+    left of them without the batch's mean image: 0 if the layer cannot tell images apart.
     """
     rows: dict[str, dict] = {}
 
@@ -92,14 +69,12 @@ def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataF
         values = output.float()
         rows[name] = {
             "kind": type(layer).__name__,
-            "mean": float(values.mean()),
             "rms": float(values.square().mean().sqrt()),
             "spread": float(values.var(dim=0, correction=0).mean().sqrt()),
-            "zeros": float((values == 0).float().mean()),
         }
 
-    with _as_in_training(model), torch.no_grad(), observed(model, after):
-        model(batch[0])
+    with torch.no_grad(), observed(model, after):
+        _training_step(model, batch[0])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
@@ -108,7 +83,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
     input_size: shape of one input, (C, H, W) or (F,); ValueError if the model cannot take it.
     A layer that is used twice has two rows, its parameters in the first. A multiplication and an
-    addition are two FLOPs, as torch counts. The last row is the sum. The model is left as it was.
+    addition are two FLOPs, as torch counts. The last row is the sum.
     """
     rows, seen, flops_before = [], set(), {}
     counter = FlopCounterMode(display=False)
@@ -117,8 +92,8 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
         flops_before[layer] = counter.get_total_flops()
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
-        row = {"layer": name or type(layer).__name__, "kind": type(layer).__name__}
-        row["output"] = "x".join(str(size) for size in output.shape[1:])
+        kind, size = type(layer).__name__, "x".join(map(str, output.shape[1:]))
+        row = {"layer": name or kind, "kind": kind, "output": size}
         row["parameters"] = sum(p.numel() for p in layer.parameters() if p not in seen)
         row["FLOPs"] = counter.get_total_flops() - flops_before[layer]
         rows.append(row)

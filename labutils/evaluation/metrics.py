@@ -51,7 +51,6 @@ def predict(
 ) -> Tensor:
     """Logits float32 [N, num_classes], on the device of the split; the model's mode is kept.
 
-    split: images uint8 [N, C, H, W], labels int64 [N], on any device.
     precision: as in TrainConfig; float32 also where bf16 would be emulated.
     tta: test-time augmentation, the mean of the logits of each image and of its mirror image.
     Raises ValueError if the split is empty, precision unknown or the output not [N, num_classes].
@@ -115,8 +114,7 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Me
 def calibration_bins(logits: Tensor, labels: Tensor) -> pd.DataFrame:
     """Images sorted into 15 equal bins by confidence (Guo 2017, https://arxiv.org/abs/1706.04599).
 
-    logits: float [N, num_classes]. labels: int64 [N]. Columns: confidence and accuracy, means in
-    the bin, fractions; images, how many. Bins without images have no row.
+    Columns: confidence, accuracy, means in the bin, fractions; images, how many, if there are any.
     """
     import pandas as pd
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..base.settings import Fraction, Pixels, PositiveInt, check
+from ..base.settings import Pixels, PositiveInt, check
 from .registry import Classes, register
 
 ImageShape = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
@@ -21,10 +21,9 @@ _LAYER = {"channels": PositiveInt} | {key: NotRequired[kind] for key, kind in _O
 class ConvNet(nn.Module):
     """What transfer and explanation rely on: logits = head(pool(features(images))).
 
-    stages: name -> module, in this order: stage1, stage2, ..., and what a network adds. pool: turns
-        their output into the input of the head, [n, F], without parameters. head: linear.
-    Every network takes float images [n, C, H, W] and returns logits [n, num_classes]; image_shape
-    is (C, H, W). ValueError names an argument that is not allowed, and images that are too small.
+    stages: name -> module, in order: stage1, stage2, ..., and what a network adds. pool: turns
+        their output into the head's input [n, F], without parameters.
+    Takes float images [n, C, H, W]; image_shape is (C, H, W). Returns logits [n, num_classes].
     """
 
     def __init__(self, stages: Mapping[str, nn.Module], pool: nn.Module, head: nn.Linear) -> None:
@@ -46,12 +45,7 @@ class SimpleCNN(ConvNet):
     """Convolution 3x3, ReLU, max-pool for each width; then a stage `hidden`: linear, ReLU."""
 
     def __init__(
-        self,
-        image_shape: ImageShape,
-        num_classes: Classes,
-        *,
-        widths: Widths = (32, 64),
-        hidden: PositiveInt = 256,
+        self, image_shape: ImageShape, num_classes: Classes, *, widths: Widths = (32, 64)
     ) -> None:
         require_size("SimpleCNN", image_shape, 2 ** len(widths))
         channels, height, width = image_shape
@@ -60,32 +54,27 @@ class SimpleCNN(ConvNet):
             conv = nn.Conv2d(channels, out, 3, padding=1)
             stages[f"stage{number}"] = nn.Sequential(conv, nn.ReLU(inplace=True), nn.MaxPool2d(2))
             channels, height, width = out, height // 2, width // 2
-        flat = nn.Linear(channels * height * width, hidden)
+        flat = nn.Linear(channels * height * width, 256)
         stages["hidden"] = nn.Sequential(nn.Flatten(), flat, nn.ReLU())
-        super().__init__(stages, nn.Identity(), nn.Linear(hidden, num_classes))
+        super().__init__(stages, nn.Identity(), nn.Linear(256, num_classes))
 
 
 @register
 class CNN(ConvNet):
     """Two times (convolution 3x3, batch norm, ReLU), then max-pool, for each width.
 
-    Global average pooling, dropout and a linear layer classify.
+    Global average pooling, dropout of 30 % and a linear layer classify.
     """
 
     def __init__(
-        self,
-        image_shape: ImageShape,
-        num_classes: Classes,
-        *,
-        widths: Widths = (64, 128, 256),
-        dropout: Fraction = 0.3,
+        self, image_shape: ImageShape, num_classes: Classes, *, widths: Widths = (64, 128, 256)
     ) -> None:
         require_size("CNN", image_shape, 2 ** len(widths))
         stages = {}
         for number, (before, width) in enumerate(pairwise([image_shape[0], *widths]), start=1):
             layers = conv_norm_relu(before, width) + conv_norm_relu(width, width)
             stages[f"stage{number}"] = nn.Sequential(*layers, nn.MaxPool2d(2))
-        super().__init__(stages, global_average(dropout), nn.Linear(widths[-1], num_classes))
+        super().__init__(stages, global_average(0.3), nn.Linear(widths[-1], num_classes))
 
 
 @register
@@ -93,20 +82,14 @@ class FullyConvCNN(ConvNet):
     """Convolution, batch norm, ReLU, dropout and perhaps max-pool for each layer of a list.
 
     Global average pooling and a linear layer classify, so that class activation maps (Zhou et al.
-    2016, https://arxiv.org/abs/1512.04150) are exact. Each layer is a stage.
+    2016, https://arxiv.org/abs/1512.04150) are exact. Each layer is a stage. Training drops 10 % of
+    its maps as a whole (Tompson et al. 2015, https://arxiv.org/abs/1411.4280).
     layers: each a number of channels, or a dict of channels and, where wanted, kernel (default 3),
         stride (1), padding (kernel // 2) and pool (False; True halves the size).
-    dropout: fraction of each layer's maps that training drops; whole maps, as a pixel says what its
-        neighbours say too (Tompson et al. 2015, https://arxiv.org/abs/1411.4280).
     """
 
     def __init__(
-        self,
-        image_shape: ImageShape,
-        num_classes: Classes,
-        *,
-        layers: Layers = _LAYERS,
-        dropout: Fraction = 0.1,
+        self, image_shape: ImageShape, num_classes: Classes, *, layers: Layers = _LAYERS
     ) -> None:
         channels, *size = image_shape
         stages = {}
@@ -122,7 +105,7 @@ class FullyConvCNN(ConvNet):
                 hint = f"Shrink less before it, or enlarge image_shape = {tuple(image_shape)}"
                 raise ValueError(f"FullyConvCNN: {problem}. {hint}.")
             parts = conv_norm_relu(channels, out, kernel, stride, padding)
-            parts += [nn.Dropout2d(dropout), *([nn.MaxPool2d(2)] if pool else [])]
+            parts += [nn.Dropout2d(0.1), *([nn.MaxPool2d(2)] if pool else [])]
             stages[f"stage{index + 1}"] = nn.Sequential(*parts)
             channels = out
         super().__init__(stages, global_average(), nn.Linear(channels, num_classes))
@@ -143,5 +126,5 @@ def global_average(dropout: float = 0.0) -> nn.Sequential:
 def require_size(owner: str, image_shape: Sequence[int], smallest: int) -> None:
     """Raise ValueError if a side of the images is shorter than the layers need."""
     if min(image_shape[1:]) < smallest:
-        size = f"{smallest}x{smallest} pixels"
-        raise ValueError(f"{owner}: image_shape = {tuple(image_shape)}. Give at least {size}.")
+        needed = f"at least {smallest}x{smallest} pixels"
+        raise ValueError(f"{owner}: image_shape = {tuple(image_shape)}. Give {needed}.")

@@ -12,19 +12,15 @@ from .registry import Classes, register
 
 @register
 class FastNet(ConvNet):
-    """A network made to reach 94 % on CIFAR-10 in the least time. Its first stage is `whiten`.
+    """94 % on CIFAR-10 in the least time. Call whiten() before training, which skips stage whiten.
 
-    Where its ideas come from:
-    - David Page, https://myrtle.ai/learn/how-to-train-your-resnet-8-bag-of-tricks/: the first
-      convolution is not trained but whitens small patches of the images; batch norm keeps scale 1
-      and learns an offset alone; pooling comes before batch norm and activation; the largest value
-      of each last map, not the average, goes into the head, whose logits are scaled down.
-    - https://github.com/tysam-code/hlb-CIFAR10: whitened patches of 2x2 without padding, GELU.
-    - Keller Jordan, https://github.com/KellerJordan/cifar10-airbench and
-      https://arxiv.org/abs/2404.00498: each whitening filter also negated, so that nothing is lost
-      in the activation; convolutions that start out as the identity on as many channels as they
-      take; two convolutions in each stage; batch statistics that forget 40 % a step; scale 1/9.
-    Call whiten() before training: the first layer is random until then, and never trained.
+    From David Page, https://myrtle.ai/learn/how-to-train-your-resnet-8-bag-of-tricks/: the first
+    convolution whitens small patches; batch norm learns an offset alone and comes after pooling;
+    the largest value of each last map goes into the head, whose logits are scaled down. From
+    https://github.com/tysam-code/hlb-CIFAR10: patches of 2x2 without padding, GELU. From Keller
+    Jordan, https://github.com/KellerJordan/cifar10-airbench, https://arxiv.org/abs/2404.00498: each
+    whitening filter also negated, so that nothing is lost in the activation; two convolutions a
+    stage, which start out as the identity; batch statistics that forget 40 % a step; scale 1/9.
     """
 
     def __init__(
@@ -48,10 +44,10 @@ class FastNet(ConvNet):
     def whiten(self, images: Tensor) -> None:
         """Make the first layer whiten 2x2 patches of images like these.
 
-        images: normalised training images, float [n, C, H, W]; a few thousand are enough.
+        images: normalised training images, float [n, C, H, W], a few thousand; else ValueError.
         A filter is an eigenvector of the patches' covariance, divided by the root of its eigenvalue
         + 5e-4 (airbench's number), so that rare noise is not amplified; by decreasing eigenvalue,
-        the largest component positive. Raises ValueError for images that do not fit.
+        the largest component positive.
         """
         # In double precision: a difference in the last bit would be other weights, another run.
         layer = self.stages["whiten"][0]

@@ -11,19 +11,10 @@ from ..base.settings import Fraction, PositiveInt
 from .registry import Classes, register
 
 
-class _Layers(nn.Sequential):
-    """A Sequential with arguments of its own; a slice of it is plain: model[:-1] has no head."""
-
-    def __getitem__(self, index: int | slice) -> nn.Module:
-        part = list(self)[index]
-        return nn.Sequential(*part) if isinstance(index, slice) else part
-
-
 @register
-class MLP(_Layers):
-    """Multilayer perceptron: flatten, then linear, (batch norm), ReLU for each width, then linear.
+class MLP(nn.Sequential):
+    """Flatten, then linear, (batch norm), ReLU for each width, then linear: [N, ...] to logits.
 
-    Takes images [N, ...] with in_features numbers each, returns logits [N, num_classes].
     hidden: widths; [] is a linear classifier. dropout: fraction of the last width that is dropped.
     init: 'torch', or 'he': normal weights of variance 2 / inputs in front of a ReLU, which keep the
         size of the signal from layer to layer (He et al. 2015, https://arxiv.org/abs/1502.01852).
@@ -73,13 +64,11 @@ class ResidualBlock(nn.Module):
 
 
 @register
-class ResidualMLP(_Layers):
+class ResidualMLP(nn.Sequential):
     """The MLP with the same hidden layers, at least two, and skips over blocks of them.
 
-    hidden: the first of them has no skip; those after it are cut into blocks of `block` layers, and
-        the last block takes what is left. If all widths are equal, there are exactly as many
-        parameters as in the MLP.
-    dropout: fraction of the input of each block's last linear layer that training drops.
+    hidden: the first has no skip; those after it are cut into blocks of `block` layers, the last of
+        which takes what is left. Equal widths: as many parameters as in the MLP. dropout: as above.
     """
 
     def __init__(

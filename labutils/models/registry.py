@@ -17,10 +17,7 @@ Classes = Annotated[int, Field(ge=2, lt=2**31)]
 
 
 def register(cls: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: build by name, and keep the arguments, as JSON has them, in `.spec`.
-
-    ValueError names those that do not fit their type hints, are missing, unknown or too large.
-    """
+    """Class decorator: check the arguments (ValueError), keep them, as JSON has them, in .spec."""
     init, kinds, defaults = cls.__init__, {}, {}
     hints = get_type_hints(init, include_extras=True)
     for name, parameter in list(inspect.signature(init).parameters.items())[1:]:

@@ -15,12 +15,10 @@ class ResNet(ConvNet):
 
     Takes images of any size. Stages: stem, stage1, stage2, ...; stage2 and later halve the size.
     depth: 18, with four stages of two blocks and projections where the shape changes; or 6n + 2 for
-        the CIFAR family of section 4.2, with three stages of n blocks, where a shortcut pads the
-        missing channels with zeros and so has no parameters.
+        the CIFAR family of section 4.2: three stages of n blocks, shortcuts padded with zeros.
     width: channels of the first stage, by default 64 and 16; each stage doubles them.
     residual: False leaves out the shortcuts of the CIFAR family: the plain twin, whose parameters
-        are the same in name, number and shape. There is none at depth 18, as projections have
-        parameters.
+        are the same in name, number and shape. There is none at depth 18.
     """
 
     def __init__(
@@ -49,8 +47,7 @@ class ResNet(ConvNet):
         super().__init__(stages, global_average(), nn.Linear(channels, num_classes))
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
-                # He et al. 2015, https://arxiv.org/abs/1502.01852, as torchvision draws them. Under
-                # batch normalisation their scale decides how far a step turns the weights.
+                # He et al. 2015, https://arxiv.org/abs/1502.01852, as torchvision draws them.
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
 

@@ -17,9 +17,9 @@ from labutils.base.device import resolve_device
 
 CPU, SHAPE = torch.device("cpu"), (3, 16, 16)
 NETWORKS = {
-    "SimpleCNN": lambda: lab.SimpleCNN(SHAPE, 4, widths=[4, 8], hidden=8),
-    "CNN": lambda: lab.CNN(SHAPE, 4, widths=[4, 8], dropout=0.0),
-    "FullyConvCNN": lambda: lab.FullyConvCNN(SHAPE, 4, layers=[4, 8], dropout=0.0),
+    "SimpleCNN": lambda: lab.SimpleCNN(SHAPE, 4, widths=[4, 8]),
+    "CNN": lambda: lab.CNN(SHAPE, 4, widths=[4, 8]),
+    "FullyConvCNN": lambda: lab.FullyConvCNN(SHAPE, 4, layers=[4, 8]),
     "ResNet-18": lambda: lab.ResNet(SHAPE, 4, width=8),
     "ResNet-8": lambda: lab.ResNet(SHAPE, 4, depth=8, width=4),
     "FastNet": lambda: lab.FastNet(SHAPE, 4, widths=[8, 8]),
@@ -29,7 +29,11 @@ NETWORKS = {
 @pytest.fixture(params=NETWORKS)
 def network(request):
     torch.manual_seed(0)
-    return NETWORKS[request.param]()
+    model = NETWORKS[request.param]()
+    for part in model.modules():
+        if isinstance(part, (torch.nn.Dropout, torch.nn.Dropout2d)):
+            part.p = 0.0  # so that two passes in training mode can be compared
+    return model
 
 
 def images(count=5):

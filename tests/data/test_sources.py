@@ -1,7 +1,6 @@
 """Finding, checking, downloading and decoding data sets."""
 
 import contextlib
-import dataclasses
 import gzip
 import io
 import os
@@ -151,7 +150,7 @@ def test_digits_are_scikit_learns():
 
 @pytest.mark.parametrize(("name", "side"), [("shapes10", 32), ("shapes100", 32), ("scenes10", 96)])
 def test_generated_sets_are_read_like_the_others(name, side, monkeypatch):
-    small = dataclasses.replace(synthetic.SETS[name], train=200, test=100)
+    small = synthetic.SETS[name]._replace(train=200, test=100)
     monkeypatch.setitem(synthetic.SETS, name, small)
     raw = read(name)
     for (images, labels), count, seed in (raw.train, 200, 0), (raw.test, 100, 1):
@@ -719,7 +718,7 @@ def test_a_bad_image_size_is_refused(size):
 
 @pytest.mark.parametrize(("name", "size"), [("shapes10", 16), ("shapes100", 4), ("scenes10", 48)])
 def test_generated_images_shrink_to_the_mean_of_their_pixels(name, size, monkeypatch):
-    spec = dataclasses.replace(synthetic.SETS[name], train=20, test=10)
+    spec = synthetic.SETS[name]._replace(train=20, test=10)
     monkeypatch.setitem(synthetic.SETS, name, spec)
     whole, small = read(name), read(name, image_size=size)
     side, factor = spec.side, spec.side // size

@@ -17,7 +17,7 @@ from labutils.training.key import identify
 
 IMAGES = (3, 32, 32)
 SMALL = {
-    "simple": ("SimpleCNN", {"widths": [4, 6], "hidden": 8}),
+    "simple": ("SimpleCNN", {"widths": [4, 6]}),
     "cnn": ("CNN", {"widths": [4, 6, 8]}),
     "fullyconv": ("FullyConvCNN", {"layers": [4, {"channels": 6, "pool": True}, 8]}),
     "resnet18": ("ResNet", {"width": 4}),
@@ -296,19 +296,19 @@ def test_without_skips_the_gradient_of_a_deep_network_is_off_by_orders_of_magnit
 
 def test_dropout_takes_whole_maps_of_a_fully_convolutional_network_in_training_only():
     torch.manual_seed(0)
-    model = lab.FullyConvCNN((1, 8, 8), 2, layers=[2000], dropout=0.25).train()
+    model = lab.FullyConvCNN((1, 8, 8), 2, layers=[2000]).train()
     maps = model.features(noise(4, 1, 8, 8))
     empty = ~maps.flatten(2).any(2)
-    assert empty.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert empty.float().mean().item() == pytest.approx(0.1, abs=0.02)
     model.eval()
     assert torch.equal(model.features(noise(4, 1, 8, 8)), model.features(noise(4, 1, 8, 8)))
 
 
 def test_dropout_takes_its_share_of_what_the_cnn_classifies_in_training_only():
     torch.manual_seed(0)
-    model = lab.CNN(IMAGES, 10, widths=[2000], dropout=0.25).train()
+    model = lab.CNN(IMAGES, 10, widths=[2000]).train()
     pooled = model.pool(torch.ones(2, 2000, 4, 4))
-    assert (pooled == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert (pooled == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
     assert torch.equal(model.eval().pool(torch.ones(2, 2000, 4, 4)), torch.ones(2, 2000))
 
 
@@ -360,12 +360,8 @@ def test_a_layer_list_is_refused_exactly_where_the_image_is_gone(layers, height,
         ("SimpleCNN", {"widths": (8, 0)}, r"widths\[1\] = 0.*greater than 0"),
         ("SimpleCNN", {"widths": 8}, r"widths = 8.*list"),
         ("SimpleCNN", {"widths": [2**31]}, r"widths\[0\] = 2147483648.*less than 2147483648"),
-        ("SimpleCNN", {"hidden": 2.5}, r"hidden = 2\.5.*integer"),
         ("CNN", {"widths": ["64"]}, r"widths\[0\] = '64'.*integer"),
-        ("CNN", {"dropout": 1.0}, r"dropout = 1\.0.*less than 1"),
-        ("CNN", {"dropout": float("nan")}, r"dropout = nan.*finite"),
         ("FastNet", {"widths": [-1]}, r"widths\[0\] = -1.*greater than 0"),
-        ("FullyConvCNN", {"dropout": -0.5}, r"dropout = -0\.5.*greater than or equal to 0"),
         ("FullyConvCNN", {"layers": []}, r"layers = \[\].*at least 1"),
         ("FullyConvCNN", {"layers": "64"}, r"layers = '64'.*list"),
         ("FullyConvCNN", {"layers": [8, "64"]}, r"layers\[1\]: channels = '64'.*integer"),
