@@ -21,6 +21,8 @@ from ..evaluation.metrics import predict
 from ..training.runs import Run, RunError
 
 MEDIA_TYPE = "application/vnd.labutils+json"
+ByModel = Mapping[str, float]  # accuracies in percent
+NONE: ByModel = {}
 MARKS = {"holds": "✔", "fails": "✘", "not settled": "?"}
 
 
@@ -143,16 +145,11 @@ class Claims:
         self.add(claim, False if apart else True if max(-low, high) < within else None, evidence)
 
     def targets(
-        self,
-        scores: Mapping[str, Score],
-        *,
-        published: Mapping[str, float] = {},
-        target: Mapping[str, float] = {},
-        headline: bool = True,
+        self, scores: dict, *, published: ByModel = NONE, target: ByModel = NONE, headline=True
     ) -> None:
         """Record the test accuracy of each model, and claim that it reaches its target.
 
-        published, target: model -> accuracy in percent.
+        scores: model -> Score.
         headline: whether the tables of all exercises show the rows too, or only those of a sweep.
         """
         for model, score in scores.items():
@@ -160,23 +157,14 @@ class Claims:
             if goal:
                 evidence = f"{score} %, published {known:g} %" if known else f"{score} %"
                 self.add(f"{model} reaches {goal:g} %", values.mean() >= goal, evidence)
-            self.headline_rows[model] = {
-                "exercise": self.exercise,
-                "model": model,
-                "dataset": score.data.name,
-                "metric": "accuracy",
-                "split": "test",
-                "mean": round(values.mean(), 3),
-                "std": round(values.std(), 3) if len(values) > 1 else 0.0,
-                "n": len(values),
-                "values": [round(value, 3) for value in values],
-                "published": known,
-                "target": goal,
-                "params": score.first.info["parameters"],
-                "seconds": round(score.values("seconds").mean(), 1),
-                "device": score.first.info["device"],
-                "headline": headline,
-            }
+            row = {"exercise": self.exercise, "model": model, "dataset": score.data.name}
+            row |= {"metric": "accuracy", "split": "test", "mean": round(values.mean(), 3)}
+            row |= {"std": round(values.std(), 3) if len(values) > 1 else 0.0, "n": len(values)}
+            row |= {"values": [round(value, 3) for value in values], "published": known}
+            row |= {"target": goal, "params": score.first.info["parameters"]}
+            row |= {"seconds": round(score.values("seconds").mean(), 1)}
+            row |= {"device": score.first.info["device"], "headline": headline}
+            self.headline_rows[model] = row
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         shown, self._new = [self.rows[claim] for claim in dict.fromkeys(self._new)], []

@@ -20,7 +20,7 @@ from ..data.tensors import ImageData
 from ..training.loop import train
 from ..training.runs import Run, publish
 from . import parameters
-from .claims import Score, mean_std
+from .claims import ByModel, Score, mean_std
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,13 +56,7 @@ class Experiment:
     """
 
     def __init__(
-        self,
-        exercise: str,
-        data: ImageData,
-        *,
-        seeds: Sequence[int],
-        retrain: bool = False,
-        publish: bool = False,
+        self, exercise: str, data: ImageData, *, seeds: Sequence[int], retrain=False, publish=False
     ) -> None:
         self.exercise, self.data, self.retrain, self.publishes = exercise, data, retrain, publish
         self.seeds = _checked(seeds)
@@ -74,13 +68,14 @@ class Experiment:
         build: Callable[[], nn.Module],
         config: TrainConfig,
         *,
-        seeds: Sequence[int] | None = None,
-        data: ImageData | None = None,
-        **labels: Any,
+        seeds=None,
+        data=None,
+        **labels,
     ) -> Score:
         """Train a network once for each seed, or load the finished runs, and remember them.
 
-        build: makes the network with fresh weights; it is called under the seed.
+        build: makes the network with fresh weights; it is called under the seed. seeds, data: other
+            than the experiment's own.
         labels: what tells this training from the others. They name the run and become columns of
             `frame`, and are no part of what a stored run is found by.
         Raises ValueError for seeds that are none or not distinct; KeyboardInterrupt if a training
@@ -135,11 +130,7 @@ class Experiment:
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
     def results(
-        self,
-        scores: Mapping[tuple[str, str], Score],
-        *,
-        tta: bool = False,
-        **references: Mapping[str, float],
+        self, scores: Mapping[tuple[str, str], Score], *, tta=False, **references: ByModel
     ) -> pd.DataFrame:
         """The table of a comparison on the test split: means over seeds, accuracy with deviation.
 
@@ -163,9 +154,7 @@ class Experiment:
         table.index = pd.MultiIndex.from_tuples(rows, names=["recipe", "model"])
         return table
 
-    def publish(
-        self, *, weights: Iterable[Run], figures: Mapping[str, Figure], half: bool = False
-    ) -> None:
+    def publish(self, *, weights: Iterable[Run], figures: Mapping[str, Figure], half=False) -> None:
         """Copy all runs into models/ and figures into images/, if the experiment publishes.
 
         weights: the runs whose weights are published too, as float16 if `half`. figures: by name.
