@@ -3,8 +3,6 @@
 `import labutils as lab` gives what notebooks use, looked up on first use: the import is quick.
 """
 
-from __future__ import annotations
-
 import importlib
 
 __version__ = "0.1.0"

@@ -1,7 +1,5 @@
 """The command line: python -m labutils run | sweep | data | results."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

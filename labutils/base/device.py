@@ -1,7 +1,5 @@
 """The machine: devices, seeds, precision, memory format, threads and Ctrl-C."""
 
-from __future__ import annotations
-
 import os
 import platform
 import random

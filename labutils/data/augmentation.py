@@ -4,8 +4,6 @@ Random numbers come from the CPU and depend on a key alone, so that a resumed ru
 images; so does every device, but for distortion, drawn for as many images as suit the device.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

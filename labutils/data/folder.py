@@ -1,7 +1,5 @@
 """A tree of image files as arrays: decoded and resized in parallel, then cached."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """`load_data`: a data set by name, cut into train, val and test, on the device."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Where images come from: LABUTILS_DATA, torchvision, a folder or the package; NumPy arrays all."""
 
-from __future__ import annotations
-
 import os
 import socket
 import tempfile

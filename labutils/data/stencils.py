@@ -1,7 +1,5 @@
 """Tables that `synthetic` cuts images from: outlines of shapes, and textures."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -5,8 +5,6 @@ the order of sums, so there are none: whatever is not in whole numbers is one + 
 at a time, which IEEE 754 fixes to the bit, and is rounded to whole numbers before it meets a pixel.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 

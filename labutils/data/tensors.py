@@ -3,8 +3,6 @@
 No DataLoader: what fits the device is cut there (https://github.com/KellerJordan/cifar10-airbench).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Notebooks without a person: execute one through papermill, collect what the reports found."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

@@ -5,8 +5,6 @@ system. A worker holds the standard input of the process open. When that ends, b
 is not wanted any more or the worker was killed, the process ends its kernel and itself.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

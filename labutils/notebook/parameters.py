@@ -3,8 +3,6 @@
 The command line checks them before a kernel starts, `lab.start` in it, for papermill and people.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import sys

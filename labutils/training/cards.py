@@ -3,8 +3,6 @@
 A card: name, key, digest (of the rest), weights (SHA-256 or null), command, test, info, history.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a training has to remember to go on with the same bits after it was killed."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import io

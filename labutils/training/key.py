@@ -1,7 +1,5 @@
 """The key of a run: what it computes, told by its settings, its data and its network."""
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 from typing import Any

@@ -4,8 +4,6 @@
 What a training remembers is in checkpoint.py, the store of runs in runs.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import math

@@ -1,7 +1,5 @@
 """What a recipe decides on the way: the optimizer, its learning rate, when to stop."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 A mirror that fails costs one warning, one that hangs a minute; neither costs the run.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import io
