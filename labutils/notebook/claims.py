@@ -66,7 +66,8 @@ class Score:
         Raises RunError if its weights are not stored.
         """
         precision = self.first.info.get("precision", "float32")
-        return predict(self.first.require_model(), self.data.test, precision=precision).cpu()
+        model, few = self.first.require_model(), 64  # images at once, which stay in the cache
+        return predict(model, self.data.test, precision=precision, batch_size=few).cpu()
 
     @property
     def hits(self) -> Tensor:
