@@ -174,6 +174,8 @@ CELL = "profile = 'quick'  # or full\nseeds = [0, 1]\nretrain = True"
 @pytest.fixture
 def session(monkeypatch):
     """An IPython session of our own, in which cells can be run."""
+    # IPython puts its own module in this place, from which no process can be spawned.
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     shell = InteractiveShell.instance()
     shell.reset()
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
