@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torchvision
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,17 +13,6 @@ IMAGES = (3, 32, 32)
 
 def noise(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-layer = st.integers(1, 4) | st.fixed_dictionaries(
-    {"channels": st.integers(1, 4)},
-    optional={
-        "kernel": st.integers(1, 6),
-        "stride": st.integers(1, 4),
-        "padding": st.integers(0, 3),
-        "pool": st.booleans(),
-    },
-)
 
 
 def test_resnet18_has_its_known_size():
