@@ -20,7 +20,7 @@ _EXPORTS = {
     "models.resnet": ["ResNet"],
     "models.fastnet": ["FastNet"],
     "evaluation.metrics": ["Metrics", "calibration_bins", "evaluate", "predict"],
-    "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary"],
+    "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary", "training_flops"],
     "training.runs": ["Run", "RunError", "publish"],
     "training.loop": ["train"],
     "notebook.claims": ["Claims", "Score", "mean_std", "tabulate"],

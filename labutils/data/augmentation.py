@@ -92,3 +92,10 @@ def blank(images: Tensor, centres: Tensor, side: int) -> Tensor:
         offset = torch.arange(size, device=images.device) - start
         inside.append((offset >= 0) & (offset < side))
     return images.masked_fill_(inside[0][:, None, :, None] & inside[1][:, None, None, :], 0)
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Square images, float [N, C, H, H], with `side` pixels a side: bilinear, antialiased."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)

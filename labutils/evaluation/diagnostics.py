@@ -110,3 +110,16 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     seen.clear()
     after("total", model, output)  # the model is a row like its layers, of all parameters and FLOPs
     return pd.DataFrame(rows).set_index("layer")
+
+
+def training_flops(model: nn.Module, input_size: Sequence[int]) -> int:
+    """FLOPs of a forward and a backward pass for one input, as torch counts; input_size as above.
+
+    The optimizer and what is no convolution or matrix product are not counted.
+    """
+    device = next((p.device for p in model.parameters()), "cpu")
+    with in_mode(model, training=True), FlopCounterMode(display=False) as counter:
+        # Of two, since batch norm has nothing to compare one with.
+        model(torch.zeros(2, *input_size, device=device)).sum().backward()
+    model.zero_grad()
+    return counter.get_total_flops() // 2

@@ -11,23 +11,24 @@ import platform
 import signal
 import time
 from contextlib import ExitStack
+from itertools import islice
 from typing import Annotated
 
 import torch
-from pydantic import Field, InstanceOf
+from pydantic import Field, InstanceOf, TypeAdapter
 from torch import nn
 from torch.nn import functional as F
 
 from ..base import device as machine
 from ..base.files import runs_dir
 from ..base.settings import NonNegativeFloat, TrainConfig, check, first_line
-from ..data.augmentation import require_fit
+from ..data.augmentation import require_fit, resize
 from ..data.tensors import ImageData
 from ..evaluation.metrics import loss_and_accuracy, predict
 from ..models.registry import num_parameters
 from . import checkpoint, watch
 from .key import identify, run_key
-from .optim import lr_factor, make_optimizer, stop_reason
+from .optim import image_size, lr_factor, make_optimizer, stop_reason
 from .runs import Run, RunError, find, finish, open_part, save_weights, store_lock
 
 _KINDS = {"model": InstanceOf[nn.Module], "data": InstanceOf[ImageData]}
@@ -80,33 +81,51 @@ def train(
 def _loop(state, data, config, forward, after_step, after_epoch) -> str | None:
     """Train on from `state` until a rule, which is returned, or after_step's True ends it."""
     model, optimizer, averaged = state.model, state.optimizer, state.averaged
-    steps = data.train.num_batches(config.batch_size)  # in an epoch
+    steps = _steps(data, config)  # in an epoch
     precision = machine.autocast(state.precision, data.train.images.device)
     for epoch in range(state.epoch, config.epochs):
         state.started = time.perf_counter()
         order = {"seed": config.seed, "epoch": epoch, "start": state.batch}
-        batches = data.train.shuffled(config.batch_size, **order, augment=config.augment)
+        batches = data.train.shuffled(_part_size(config), **order, augment=config.augment)
         model.train()
-        for images, labels in batches:
-            lr = config.lr * lr_factor(config, epoch * steps + state.batch, steps)
+        for parts in _grouped(batches, config.accumulate):  # the batches of one step
+            step = epoch * steps + state.batch // config.accumulate
+            size = sum(len(labels) for _, labels in parts)
+            for images, labels in parts:
+                if config.image_sizes:
+                    images = resize(images, image_size(config, step, steps))
+                with precision:
+                    logits = forward(images)
+                logits = logits.float()
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+                loss.backward(torch.full_like(loss, len(labels) / size))
+                # Reading the loss here would wait for the device; it is read when the epoch ends.
+                state.add(loss, logits, labels)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            with precision:
-                logits = forward(images)
-            logits = logits.float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-            loss.backward()
+                group["lr"] = config.lr * lr_factor(config, step, steps) * group["share"]
             optimizer.step()
             optimizer.zero_grad()
             if averaged is not None:
                 averaged.update()
-            # Reading the loss here would wait for the device; it is read when the epoch ends.
-            state.add(loss, logits, labels)
-            if after_step(len(labels)):
+            if after_step(size):
                 return None  # interrupted
         after_epoch()
         if reason := stop_reason(state.rows, config):
             return reason
+
+
+def _grouped(batches, size: int):
+    while group := [*islice(batches, size)]:
+        yield group
+
+
+def _part_size(config) -> int:
+    return config.batch_size // config.accumulate
+
+
+def _steps(data, config) -> int:
+    """How many times the optimizer steps in an epoch."""
+    return math.ceil(data.train.num_batches(_part_size(config)) / config.accumulate)
 
 
 def _train(run, data, config, track, progress, checkpoint_seconds, compile) -> Run:
@@ -166,7 +185,7 @@ def _start_or_continue(run, data, config, stack) -> checkpoint.TrainingState:
     averaged = checkpoint.Average(run.model, config.ema) if config.ema else None
     state = checkpoint.TrainingState(run.model, make_optimizer(run.model, config), averaged)
     state.precision = machine.usable_precision(config.precision, device)
-    state.threads = machine.choose_threads(run.model, config.batch_size, device)
+    state.threads = machine.choose_threads(run.model, _part_size(config), device)
     stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
     torch.manual_seed(config.seed)
     if last.exists():
@@ -199,12 +218,12 @@ def _score_epoch(run, state, data, config) -> None:
 def _require_finite(run, state, data, config, val_loss=0.0) -> None:
     """Raise RunError if a loss of this epoch is not finite; the best weights are saved before."""
     state.count()
-    losses, steps = [*state.losses.tolist(), val_loss], data.train.num_batches(config.batch_size)
+    losses, steps = [*state.losses.tolist(), val_loss], _steps(data, config)
     bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
     if bad is None:
         return
     what = "loss" if bad < state.batch else "validation loss"
-    step, kept = min(bad, state.batch - 1), "there is none yet"
+    step, kept = min(bad, state.batch - 1) // config.accumulate, "there is none yet"
     lr = config.lr * lr_factor(config, state.epoch * steps + step, steps)
     if state.best_epoch:
         save_weights(run.weights, state.best_weights)
@@ -230,7 +249,7 @@ def _describe(model, data, config, name) -> Run:
     """The run with all that is known before it is trained, its key above all."""
     spec, weights = identify(model, config.seed)
     info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
-    info["config"] = dataclasses.asdict(config)
+    info["config"] = TypeAdapter(TrainConfig).dump_python(config, mode="json")
     info["data"] = {name: getattr(data, name) for name in ("name", "source", "fingerprint")}
     info["data"]["images"] = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
     info["device"] = machine.device_name(data.train.images.device)
@@ -248,15 +267,29 @@ def _require_trainable(model, data, config) -> None:
     require_fit(config.augment, shape)
     if not num_parameters(model):
         raise ValueError("train: the model has no parameter that requires a gradient.")
+    make_optimizer(model, config)  # which refuses a model that gives it nothing to do
     model.to(split.images.device)
-    two = dataclasses.replace(split, images=split.images[:2], labels=split.labels[:2])
-    try:
-        outputs = predict(model, two).shape[1]
-    except RuntimeError as error:
-        problem = f"the model cannot take images of shape {shape} ({first_line(error)})"
-        remedy = f"Build it for data.image_shape, an MLP with in_features={data.num_features}."
-        raise ValueError(f"train: {problem}. {remedy}") from error
+    remedy = f"Build it for data.image_shape, an MLP with in_features={data.num_features}."
+    outputs = _require_fit(model, split, None, remedy)
     # On a GPU this shows late, and takes the whole process with it.
     if outputs != classes:
         problem = f"the model has {outputs} outputs, the data {classes} classes"
         raise ValueError(f"train: {problem}. Build it with num_classes={classes}.")
+    if config.image_sizes and {*shape[1:]} != {config.image_sizes[-1]}:
+        wanted = f"End at the side of the data's images, which have to be square: {shape[1:]}."
+        raise ValueError(f"train: image_sizes = {config.image_sizes}. {wanted}")
+    for side in config.image_sizes[:-1]:
+        remedy = f"Choose image_sizes above {side}, or a network that takes images of any size."
+        _require_fit(model, split, side, remedy)
+
+
+def _require_fit(model, split, side, remedy) -> int:
+    """How many outputs the model has for images of a side; ValueError if it cannot take them."""
+    images = split.images[:2].float()
+    images = images if side is None else resize(images, side)
+    two = dataclasses.replace(split, images=images, labels=split.labels[:2])
+    try:
+        return predict(model, two).shape[1]
+    except RuntimeError as error:
+        problem = f"the model cannot take images of shape {tuple(images.shape[1:])}"
+        raise ValueError(f"train: {problem} ({first_line(error)}). {remedy}") from error

@@ -1,9 +1,9 @@
-"""What a recipe decides on the way: the optimizer, its learning rate, when to stop."""
+"""What a recipe decides on the way: optimizer, learning rate, size of images, when to stop."""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.settings import TrainConfig
 
@@ -44,10 +44,74 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
+def image_size(config: TrainConfig, step: int, steps_per_epoch: int) -> int:
+    """The side of the images in a step: each of config.image_sizes for an equal share of the steps.
+
+    Small images first, after Tan and Le 2021, https://arxiv.org/abs/2104.00298: their features
+    are learned at a fraction of the operations.
+    """
+    total, sizes = config.epochs * steps_per_epoch, config.image_sizes
+    return sizes[step * len(sizes) // total]
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """A fused torch optimizer over the parameters that require a gradient."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """An optimizer over the parameters that require a gradient, fused where torch has it so.
+
+    sgd is with Nesterov momentum 0.9. muon, see below, is for the weights of all layers but the
+    last; the rest has AdamW at an eighth of the rate. Raises ValueError if there are none of them.
+    Each group has a `share`: its learning rate as a fraction of the schedule's.
+    """
+    free = [p for p in model.parameters() if p.requires_grad]
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    return kinds[config.optimizer](parameters, **common, **momentum)
+    if config.optimizer == "muon":
+        below_head = {id(p) for p in [p for p in model.parameters() if p.ndim > 1][:-1]}
+        hidden = [p for p in free if id(p) in below_head]
+        if not hidden:
+            problem = "below its last layer, the model has no weights that require a gradient"
+            raise ValueError(f"train: optimizer = 'muon': {problem}. Choose 'sgd' or 'adamw'.")
+        rest = [p for p in free if id(p) not in below_head]
+        groups = [{"params": hidden, "hidden": True, "share": 1.0}]
+        groups += [{"params": rest, "hidden": False, "share": 1 / 8}]
+        return Muon(groups, **common)
+    momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
+    return kinds[config.optimizer]([{"params": free, "share": 1.0}], **common, **momentum)
+
+
+class Muon(torch.optim.AdamW):
+    """Orthogonalised momentum for the groups that are `hidden`, AdamW for the others.
+
+    Jordan 2024, https://kellerjordan.github.io/posts/muon/, in the form of his CIFAR-10 record
+    (airbench94_muon, https://github.com/KellerJordan/cifar10-airbench): a filter [out, in, h, w] is
+    a row of a matrix [out, in h w]; the norm of the matrix stays what it was, as batch norm cancels
+    it; momentum is Nesterov's, 0.6. The learning rate is a step's length over that norm.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"] if group["hidden"] else ():
+                if not self.state[weight]:  # with a step, which AdamW looks for when it is loaded
+                    self.state[weight] = {"momentum": weight * 0, "step": torch.zeros(())}
+                momentum = self.state[weight]["momentum"].mul_(0.6).add_(weight.grad)
+                gradient = weight.grad.add(momentum, alpha=0.6)
+                change, norm = orthogonalise(gradient.flatten(1)).view_as(weight), weight.norm()
+                weight.sub_(change * (group["lr"] * norm / change.norm().clamp(min=1e-7)))
+                weight.mul_(norm / weight.norm().clamp(min=1e-7))
+                weight.grad = None  # so that AdamW leaves it alone
+        super().step()
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Bring the singular values of a float32 matrix [m, n] near 1: about U V' of U S V'.
+
+    Newton-Schulz: three times, S becomes a S + b S^3 + c S^5 without being computed; coefficients
+    and number of steps are those of airbench94_muon. They grow small values fastest, and leave all
+    but the smallest between about 0.5 and 1.5.
+    """
+    x = matrix / matrix.norm().clamp(min=1e-7)  # no singular value above 1
+    x = x.T if len(matrix) > matrix.shape[1] else x
+    for _ in range(3):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.T if len(matrix) > matrix.shape[1] else x

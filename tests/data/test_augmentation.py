@@ -222,3 +222,17 @@ def test_crops_and_holes_leave_the_distortion_as_it_is(digits):
     changed = images != distorted
     assert 0.05 < changed.float().mean() < 0.3
     assert set(images[changed].tolist()) == {0.0}
+
+
+@pytest.mark.parametrize("side", [8, 12, 24])
+def test_resized_images_are_those_of_torchvision(digits, side):
+    images = next(digits.train.batches(5))[0]
+    expected = transforms.resize(images, [side, side], antialias=True)
+    assert torch.equal(augmentation.resize(images, side), expected)
+
+
+def test_half_the_side_averages_by_a_triangle():
+    row = torch.zeros(1, 1, 8, 8)
+    row[..., 3] = 1.0
+    weights = torch.tensor([0.0, 3 / 8, 1 / 8, 0.0])
+    torch.testing.assert_close(augmentation.resize(row, 4), weights.expand(1, 1, 4, 4))

@@ -273,3 +273,12 @@ def test_a_look_inside_sees_the_network_as_a_training_step_does():
 def test_what_has_no_gradient_is_refused():
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         lab.gradient_norms(make().requires_grad_(False), batch())
+
+
+def test_training_costs_a_backward_pass_for_the_input_and_one_for_the_weights():
+    model = lab.CNN((3, 16, 16), 10, widths=[4, 8, 16])
+    rows = lab.summary(model, (3, 16, 16)).FLOPs
+    first = rows.iloc[0]  # whose input has no gradient
+    assert lab.training_flops(model, (3, 16, 16)) == 3 * rows["total"] - first
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training

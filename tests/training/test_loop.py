@@ -250,6 +250,50 @@ def test_a_convolutional_network_equals_a_bare_loop(data):
     assert same_weights(stored, model)
 
 
+# 48 images: steps of 20, 20 and 8 images; of the last, in parts of 5, one has 5 and one 3.
+@pytest.mark.parametrize("accumulate", [2, 4, 20])
+def test_accumulated_gradients_are_those_of_the_whole_batch(data, accumulate):
+    config = with_changes(batch_size=20, optimizer="sgd", schedule="linear", ema=0.5)
+    runs = []
+    for parts in (1, accumulate):
+        torch.manual_seed(0)
+        model = lab.MLP(36, [8], 3)
+        runs.append(train(data, with_changes(config, accumulate=parts), model))
+    torch.testing.assert_close(*[run.model.state_dict() for run in runs])
+    losses = [run.history.train_loss.tolist() for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_images_grow_during_training_and_are_scored_at_full_size(data):
+    seen, model = [], make_cnn()
+    model.register_forward_pre_hook(lambda _, inputs: seen.append((model.training, *inputs)))
+    train(data, with_changes(image_sizes=(4, 6), epochs=2, batch_size=16), model)
+    sides = [images.shape[2:] for training, images in seen if training]
+    assert sides == 3 * [(4, 4)] + 3 * [(6, 6)]
+    assert {images.shape[2] for training, images in seen if not training} == {4, 6}
+    assert [images.shape[2] for training, images in seen[-2:]] == [6, 6]
+    small = next(images for training, images in seen if training)
+    whole = next(data.train.shuffled(16, seed=0, epoch=0))[0]
+    assert torch.equal(small, F.interpolate(whole, (4, 4), mode="bilinear", antialias=True))
+
+
+FAST = with_changes(EVERYTHING, optimizer="muon", batch_size=24, accumulate=3, image_sizes=(5, 6))
+
+
+# Six forward passes an epoch, two steps of three.
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 8])
+def test_muon_in_parts_on_growing_images_goes_on_with_the_same_bits(data, step):
+    run = train(data, FAST, on_forward(make_cnn(), step, interrupt))
+    assert run.stop_reason == "interrupted"
+    run = train(data, FAST, make_cnn())
+    assert_same_run(run, train(data, FAST, make_cnn(), retrain=True))
+
+
+def test_a_loss_that_is_not_finite_is_placed_in_its_step(data):
+    with pytest.raises(RunError, match=r"loss became nan in epoch 2, step 1 of 2, at learning"):
+        train(data, FAST, on_forward(make_cnn(), 8, spoil))
+
+
 def test_auto_is_bf16_where_it_is_computed_else_float32(data, bf16, capsys):
     auto = train(data, with_changes(precision="auto"), make_cnn(), progress=True)
     assert auto.info["precision"] == ("bf16" if bf16 else "float32")
@@ -802,6 +846,18 @@ def all_frozen():
         ({"checkpoint_seconds": -1}, "checkpoint_seconds = -1.* greater than or equal to 0"),
         ({"model": all_frozen()}, "no parameter that requires a gradient"),
         ({"data": "tiny"}, "data = 'tiny'. .* an instance of ImageData"),
+        (
+            {"config": with_changes(image_sizes=(4, 5))},
+            r"image_sizes = \(4, 5\)\. End at the side of the data's images, .*: \(6, 6\)",
+        ),
+        (
+            {"config": with_changes(image_sizes=(4, 6))},
+            r"cannot take images of shape \(1, 4, 4\) .* image_sizes above 4, or a network that",
+        ),
+        (
+            {"config": with_changes(optimizer="muon"), "model": lab.MLP(36, [], 3)},
+            "optimizer = 'muon': below its last layer",
+        ),
         *[
             ({"name": name}, re.escape(f"name = {name!r}. ") + "(.*A-Za-z0-9|.* valid string)")
             for name in ("a/b", "../a", "", "a b", "a\n", "é", 3)

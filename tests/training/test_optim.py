@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
 import labutils as lab
-from labutils.training.optim import lr_factor, make_optimizer, stop_reason
+from labutils.training.optim import (
+    image_size,
+    lr_factor,
+    make_optimizer,
+    orthogonalise,
+    stop_reason,
+)
 
 
 def torch_lrs(make, total):
@@ -189,3 +195,103 @@ def test_frozen_parameters_are_not_given_to_the_optimizer():
     model[1].requires_grad_(False)
     (group,) = make_optimizer(model, lab.TrainConfig(weight_decay=0.1)).param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in model[-1].parameters()]
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+def test_orthogonalise_changes_the_singular_values_by_its_polynomial_alone(rows, columns, seed):
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    u, values, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(3):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    expected = u @ values.diag() @ vh
+    torch.testing.assert_close(orthogonalise(matrix).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_all_but_the_smallest_singular_values_come_near_1():
+    values = torch.logspace(-1, 0, 20)  # after division by their norm from 0.04 to 0.4
+    basis = torch.linalg.qr(torch.randn(30, 20, generator=torch.Generator().manual_seed(0)))[0]
+    found = torch.linalg.svdvals(orthogonalise(basis @ values.diag()))
+    assert 0.5 < found.min() < found.max() < 1.5
+
+
+def test_without_a_gradient_nothing_is_turned():
+    assert torch.equal(orthogonalise(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
+def test_image_sizes_have_equal_shares_of_the_steps_and_end_with_the_last():
+    config = lab.TrainConfig(epochs=2, image_sizes=(16, 24, 32))
+    sizes = [image_size(config, step, 6) for step in range(12)]
+    assert sizes == [16] * 4 + [24] * 4 + [32] * 4
+    sizes = [image_size(config, step, 4) for step in range(8)]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == 32
+    assert [sizes.count(side) for side in (16, 24, 32)] == [3, 3, 2]
+
+
+def muon_after_two_steps(model, images):
+    optimizer = make_optimizer(model, lab.TrainConfig(optimizer="muon", lr=0.2, weight_decay=0.01))
+    for _ in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.2 * group["share"]
+        model(images).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_muon_equals_its_definition_for_hidden_weights_and_adamw_for_the_rest():
+    torch.manual_seed(0)
+    ours, bare = lab.CNN((1, 4, 4), 3, widths=[4]).eval(), lab.CNN((1, 4, 4), 3, widths=[4]).eval()
+    bare.load_state_dict(ours.state_dict())
+    images = torch.randn(8, 1, 4, 4)
+    muon_after_two_steps(ours, images)
+    hidden = [p for p in bare.parameters() if p.ndim == 4]
+    rest = [p for p in bare.parameters() if p.ndim < 4]
+    adamw, sums = torch.optim.AdamW(rest, lr=0.2 / 8, weight_decay=0.01), [0.0, 0.0]
+    for _ in range(2):
+        bare.zero_grad()
+        bare(images).square().sum().backward()
+        for i, weight in enumerate(hidden):
+            old, gradient = weight.detach().flatten(1), weight.grad.flatten(1)
+            sums[i] = 0.6 * sums[i] + gradient
+            turned = orthogonalise(gradient + 0.6 * sums[i])
+            new = old / old.norm() - 0.2 * turned / turned.norm()
+            weight.data = (new / new.norm() * old.norm()).view_as(weight)
+        adamw.step()
+    for a, b in zip(ours.parameters(), bare.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_keeps_the_norm_of_the_weights_it_turns():
+    model, images = lab.MLP(4, [6, 5], 3), torch.randn(8, 4)
+    before = [(p.clone(), p.norm()) for p in model.parameters()]
+    muon_after_two_steps(model, images)
+    kept = [
+        abs(p.norm() - norm) < 1e-5 and not p.allclose(old, rtol=0.02)
+        for p, (old, norm) in zip(model.parameters(), before)
+    ]
+    assert kept == [True, False, True, False, False, False]
+
+
+def test_muon_survives_weights_and_gradients_of_zero():
+    model = lab.MLP(4, [6, 5], 3)
+    torch.nn.init.zeros_(model[1].weight)
+    muon_after_two_steps(model, torch.zeros(8, 4))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def linear_classifier():
+    return lab.MLP(4, [], 3)
+
+
+def only_head():
+    model = lab.MLP(4, [5], 3)
+    model[1].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("make", [linear_classifier, only_head])
+def test_muon_with_nothing_to_orthogonalise_is_refused(make):
+    with pytest.raises(ValueError, match=r"optimizer = 'muon': below its last .* 'sgd' or 'adamw'"):
+        make_optimizer(make(), lab.TrainConfig(optimizer="muon"))
