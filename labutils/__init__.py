@@ -23,6 +23,7 @@ _EXPORTS = {
     "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary", "training_flops"],
     "training.runs": ["Run", "RunError", "publish"],
     "training.loop": ["train"],
+    "methods.cam": ["Explanation", "class_activation_map", "explain"],
     "notebook.claims": ["Claims", "Score", "mean_std", "tabulate"],
     "notebook.experiment": ["Experiment", "start"],
 }

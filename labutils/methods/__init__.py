@@ -1,0 +1,1 @@
+"""The methods of series 2: what is done with a trained network."""

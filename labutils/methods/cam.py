@@ -1,0 +1,209 @@
+"""Class activation maps: where in an image a network finds what speaks for a class."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..base.settings import suggestion
+from ..models.convnets import ConvNet
+from ..models.registry import in_mode
+
+# Of the package grad-cam, https://github.com/jacobgil/pytorch-grad-cam.
+METHODS = {
+    "gradcam": "GradCAM",  # Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391
+    "gradcam++": "GradCAMPlusPlus",  # Chattopadhay et al. 2018, https://arxiv.org/abs/1710.11063
+    "hirescam": "HiResCAM",  # Draelos and Carin 2020, https://arxiv.org/abs/2011.08891
+    "layercam": "LayerCAM",  # Jiang et al. 2021, https://doi.org/10.1109/TIP.2021.3089943
+    "eigencam": "EigenCAM",  # Muhammad and Yeasin 2020, https://arxiv.org/abs/2008.00299
+    "scorecam": "ScoreCAM",  # Wang et al. 2020, https://arxiv.org/abs/1910.01279
+}
+_AT_ONCE = 64  # images, which stay in the cache of a processor
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One map an image, and what the network says of the image."""
+
+    raw: Tensor  # float32 [N, h, w], signed, at the size of the layer
+    classes: Tensor  # int64 [N], the class that is explained
+    predicted: Tensor  # int64 [N]
+    confidence: Tensor  # float32 [N], the softmax probability of the predicted class
+    size: tuple[int, int]  # (H, W) of the images
+
+    @property
+    def maps(self) -> Tensor:
+        """The positive part at the size of the images, bilinear, its maximum 1: [N, H, W]."""
+        maps = self.raw.clamp(min=0)[:, None]
+        maps = F.interpolate(maps, self.size, mode="bilinear", align_corners=False)[:, 0]
+        return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def class_activation_map(
+    model: nn.Module, images: Tensor, class_idx: int | Tensor | None = None
+) -> Explanation:
+    """Plain CAM (Zhou et al. 2016, https://arxiv.org/abs/1512.04150), exact and without gradients.
+
+    images: normalised, float [N, C, H, W]. class_idx: one class, or int64 [N]; None: as predicted.
+    The raw map is the last maps weighted by the head, in logits: its mean plus the head's bias is
+    the logit. Raises ValueError for a network that does not average its last maps before a linear
+    head, for images or classes that do not fit, and for logits that are not finite.
+    """
+    _check_images(model, images)
+    pool = model.pool.modules() if isinstance(model, ConvNet) else ()
+    averages = any(isinstance(p, nn.AdaptiveAvgPool2d) and p.output_size == 1 for p in pool)
+    if not averages:
+        kind, others = type(model).__name__, ", ".join(METHODS)
+        problem = f"{kind} does not average its last maps before a linear head"
+        raise ValueError(f"class_activation_map: {problem}. Use explain with one of {others}.")
+    wanted = _wanted(class_idx, len(images), model.head.out_features)
+    raws, logits = [], []
+    with in_mode(model, training=False), torch.inference_mode():
+        for batch, classes in zip(images.split(_AT_ONCE), wanted.split(_AT_ONCE)):
+            features = model.features(batch)
+            logits.append(model.head(model.pool(features)).float())
+            chosen = torch.where(classes < 0, logits[-1].argmax(1).cpu(), classes)
+            weights = model.head.weight[chosen.to(batch.device)].to(features.dtype)
+            raws.append(torch.einsum("nchw,nc->nhw", features, weights).float())
+    return _explanation(raws, logits, wanted, images)
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    method: str = "gradcam",
+    layer: str | None = None,
+    class_idx: int | Tensor | None = None,
+) -> Explanation:
+    """A map by a method of the package grad-cam; the arguments are those of class_activation_map.
+
+    method: a key of METHODS. layer: the name of a module whose output is maps, as in
+        model.named_modules(); None: the last of its stages.
+    The raw map is the package's before it cuts off what is negative and rescales each image. The
+    model is left as it was: mode, gradients, what is frozen, hooks, also after an error.
+    Raises ValueError for a method or layer that does not exist or has no maps, and as above.
+    """
+    _check_images(model, images)
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ValueError(
+            f"explain: method = {method!r}.{suggestion(str(method), METHODS)} Known: {known}."
+        )
+    target, num_classes = _layer(model, images, layer)
+    wanted = _wanted(class_idx, len(images), num_classes)
+    package = importlib.import_module("pytorch_grad_cam")
+    of_class = package.utils.model_targets.ClassifierOutputTarget
+    raws, logits = [], []
+    with _left_alone(model):
+        cam = getattr(package, METHODS[method])(model=model, target_layers=[target])
+        compute = cam.get_cam_image
+
+        def keep(*args, **kwargs):
+            raws.append(torch.as_tensor(compute(*args, **kwargs)).float())
+            return raws[-1].numpy()
+
+        cam.get_cam_image = keep
+        try:
+            for batch, classes in zip(images.split(_AT_ONCE), wanted.split(_AT_ONCE)):
+                targets = None if class_idx is None else [of_class(c) for c in classes.tolist()]
+                # The gradient has to reach the layer also where all weights are frozen.
+                batch = batch.detach().clone().requires_grad_(True)
+                with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a bar an image
+                    cam(input_tensor=batch, targets=targets)
+                logits.append(cam.outputs.detach().float())
+        finally:
+            # Not by `with cam:`, which swallows an IndexError.
+            cam.activations_and_grads.release()
+            del cam.get_cam_image
+    return _explanation(raws, logits, wanted, images)
+
+
+def _wanted(class_idx: int | Tensor | None, count: int, num_classes: int) -> Tensor:
+    """The class to explain for each image, -1 for the predicted one: int64 [N], on the CPU."""
+    if class_idx is None:
+        return torch.full((count,), -1)
+    wanted = torch.as_tensor(class_idx).cpu()
+    if (
+        wanted.dtype != torch.int64
+        or wanted.shape not in ((), (count,))
+        or not ((wanted >= 0) & (wanted < num_classes)).all()
+    ):
+        given = class_idx.tolist() if isinstance(class_idx, Tensor) else class_idx
+        allowed = f"0 to {num_classes - 1}, one for all or one for each of {count} images"
+        raise ValueError(f"class_idx = {given!r}. Give whole numbers from {allowed}.")
+    return wanted.expand(count)
+
+
+def _explanation(raws, logits, wanted: Tensor, images: Tensor) -> Explanation:
+    logits = torch.cat(logits)
+    if len(bad := (~logits.isfinite().all(dim=1)).nonzero()):
+        problem = f"the model's logits are not finite for image {int(bad[0])}"
+        raise ValueError(f"{problem}. Check its weights, and that the images are normalised.")
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    wanted = wanted.to(predicted.device)
+    classes = torch.where(wanted < 0, predicted, wanted)
+    raw = torch.cat(raws).to(images.device)
+    return Explanation(raw, classes, predicted, confidence, tuple(images.shape[2:]))
+
+
+def _check_images(model: nn.Module, images: Tensor) -> None:
+    if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
+        kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else images
+        needed = "normalised images, float [N, C, H, W]; one image is images[None]"
+        raise ValueError(f"images are {kind}. Give {needed}.")
+    if not len(images):
+        raise ValueError("images: there are none. Give at least one.")
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if channels not in (None, images.shape[1]):
+        problem = f"images have {images.shape[1]} channels, the model takes {channels}"
+        raise ValueError(
+            f"{problem}. Repeat the channel of grey images: images.expand(-1, 3, -1, -1)."
+        )
+
+
+def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[nn.Module, int]:
+    """The module of a name, whose output is maps, else ValueError; and the number of classes."""
+    seen = set()
+
+    def note(part, inputs, output):
+        if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
+            seen.add(part)
+
+    hooks = [part.register_forward_hook(note) for part in model.modules()]
+    try:
+        with in_mode(model, training=False), torch.inference_mode():
+            num_classes = model(images[:1]).shape[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    spatial = {each: part for each, part in model.named_modules() if part in seen}
+    stages = [each for each in spatial if each.startswith("stages.") and each.count(".") == 1]
+    name = stages[-1] if name is None and stages else name
+    if name not in spatial:
+        known = ", ".join(each for each in spatial if each)
+        given = "is not given" if name is None else f"= {name!r} has no maps or does not exist"
+        raise ValueError(f"explain: layer {given}. Layers with maps: {known or 'none'}.")
+    return spatial[name], num_classes
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Mode, gradients, and what requires one are afterwards what they were."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        with in_mode(model, training=False):
+            for p, _, _ in before:
+                p.requires_grad_(False)  # gradients of weights would cost time for nothing
+                p.grad = None
+            yield
+    finally:
+        for p, required, gradient in before:
+            p.requires_grad_(required)
+            p.grad = gradient
