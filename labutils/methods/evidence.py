@@ -1,0 +1,179 @@
+"""Whether a map tells the truth: against known objects, removed pixels and broken networks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models.registry import in_mode
+
+
+def random_maps(n: int, size: tuple[int, int], *, blur: float = 0.0, seed: int = 0) -> Tensor:
+    """Maps that know nothing: uniform noise, float32 [n, H, W] in [0, 1].
+
+    blur: standard deviation in pixels of a Gaussian that smooths it. A measure that blurred noise
+    does well in favours smooth maps, whatever they show.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    noise = np.random.default_rng(seed).random((n, *size), dtype=np.float32)
+    maps = torch.from_numpy(gaussian_filter(noise, (0, blur, blur)))
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / (high - low)
+
+
+def centre_prior(n: int, size: tuple[int, int]) -> Tensor:
+    """Maps that know photographers: 1 in the centre, 0 in the corners, float32 [n, H, W]."""
+    sides = [torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1) for side in size]
+    distance = torch.hypot(sides[0][:, None], sides[1])
+    return (1 - distance / distance.max().clamp(min=1e-12)).expand(n, -1, -1).clone()
+
+
+def localisation(maps: Tensor, masks: Tensor) -> pd.DataFrame:
+    """How well maps [N, H, W], not negative, find objects, bool [N, H, W]: one row an image.
+
+    pointing: whether the maximum lies on the object (Zhang et al. 2018,
+        https://arxiv.org/abs/1608.00507). energy: the share of the map that does. recall: the share
+        of the object under the highest pixels, as many as it has. chance: the object's share of
+        the image, which a map of noise gets on the average in all three.
+    Raises ValueError for shapes that differ, negative maps, and masks without an object.
+    """
+    if maps.shape != masks.shape or maps.ndim != 3:
+        shapes = f"{list(maps.shape)} and {list(masks.shape)}"
+        raise ValueError(f"localisation: maps and masks are {shapes}. Give [N, H, W] for both.")
+    maps, masks = maps.flatten(1).cpu().double(), masks.flatten(1).cpu().bool()
+    if not ((maps >= 0).all() and masks.any(1).all()):
+        problem = "a map is negative somewhere, or a mask is empty"
+        raise ValueError(
+            f"localisation: {problem}. Give the positive part, and images with object."
+        )
+    # A map of zeros says nothing: like noise, it has the share of the object.
+    total, area = maps.sum(1), masks.sum(1)
+    chance = area / masks.shape[1]
+    energy = torch.where(total > 0, (maps * masks).sum(1) / total.clamp(min=1e-300), chance)
+    # Among equal pixels the order is random, lest a flat map be credited with the first ones.
+    order = torch.from_numpy(np.random.default_rng(0).permutation(masks.shape[1]))
+    ranked = order[maps[:, order].argsort(dim=1, descending=True)]
+    found = masks.gather(1, ranked)
+    kept = torch.arange(masks.shape[1]) < area[:, None]
+    columns = {"pointing": found[:, 0].double(), "energy": energy}
+    columns |= {"recall": (found & kept).sum(1) / area, "chance": chance}
+    return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+
+
+def mosaics(images: Tensor) -> Tensor:
+    """Four images [4 n, C, H, W] each in the quadrants of one: [n, C, 2 H, 2 W], row by row."""
+    rows = images.unflatten(0, (-1, 2, 2))  # [n, down, right, C, H, W]
+    return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def quadrant(maps: Tensor, index: int) -> Tensor:
+    """The mask of a mosaic's quadrant 0 to 3, for maps [n, 2 H, 2 W]: bool, of the same shape."""
+    mask = torch.zeros(maps.shape, dtype=torch.bool)
+    height, width = maps.shape[1] // 2, maps.shape[2] // 2
+    down, right = divmod(index, 2)
+    mask[:, down * height :, right * width :][:, :height, :width] = True
+    return mask
+
+
+def removal(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    classes: Tensor,
+    *,
+    fill: Callable[[Tensor, Tensor], Tensor],
+    steps: int = 10,
+    keep: bool = False,
+) -> pd.DataFrame:
+    """The probability of a class as pixels are taken away, the highest of the map first.
+
+    images: normalised, float [N, C, H, W]. maps: [N, H, W]. classes: int64 [N].
+    fill: (images, gone), bool [N, 1, H, W], to images with something else where they are gone.
+    keep: begin with nothing and add the highest pixels instead.
+    One row an image, a column for each fraction of the pixels that are taken or added, 0 to 1; the
+    mean of a row is the area under its curve (deletion and insertion of Petsiuk et al. 2018,
+    https://arxiv.org/abs/1806.07421; ROAD of Rong et al. 2022, https://arxiv.org/abs/2202.00449,
+    depends on the fill alone).
+    """
+    ranks = maps.flatten(1).argsort(dim=1, descending=True).argsort(dim=1).view_as(maps)[:, None]
+    pixels, curves = ranks[0].numel(), {}
+    with in_mode(model, training=False), torch.inference_mode():
+        for fraction in np.linspace(0, 1, steps + 1):
+            highest = (ranks < round(fraction * pixels)).to(images.device)
+            gone = ~highest if keep else highest
+            changed = fill(images, gone)
+            logits = torch.cat([model(batch).float() for batch in changed.split(64)])
+            probability = logits.softmax(dim=1).gather(1, classes[:, None].to(images.device))
+            curves[round(float(fraction), 4)] = probability[:, 0].cpu().numpy()
+    return pd.DataFrame(curves)
+
+
+def fill_grey(images: Tensor, gone: Tensor) -> Tensor:
+    """The mean pixel where something is gone; images are normalised, so that it is 0."""
+    return images * ~gone
+
+
+def fill_blurred(images: Tensor, gone: Tensor) -> Tensor:
+    """A strongly blurred image where something is gone, which leaves no edges."""
+    height = images.shape[2]
+    size = max(3, height // 4 * 2 + 1)
+    pad = size // 2
+    blurred = images
+    for _ in range(2):  # twice a box is near enough to a Gaussian
+        padded = F.pad(blurred, (pad,) * 4, mode="reflect")
+        blurred = F.avg_pool2d(padded, size, stride=1)
+    return torch.where(gone, blurred, images)
+
+
+def fill_from_neighbours(images: Tensor, gone: Tensor) -> Tensor:
+    """ROAD's: each missing pixel is the weighted mean of its eight neighbours, and a little noise.
+
+    Solved image by image, by the package grad-cam, on the CPU.
+    """
+    from pytorch_grad_cam.metrics.road import NoisyLinearImputer
+
+    impute, filled = NoisyLinearImputer(noise=0.01), []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for image, missing in zip(images.cpu(), gone[:, 0].cpu()):
+            if missing.all():  # no neighbour knows anything
+                filled.append(torch.zeros_like(image))
+            else:
+                filled.append(impute(image, (~missing).float()) if missing.any() else image)
+    return torch.stack(filled).to(images.device)
+
+
+def randomisation(
+    model: nn.Module, explain: Callable[[nn.Module], Tensor], *, seed: int = 0
+) -> pd.DataFrame:
+    """Do maps change when the network forgets (Adebayo et al. 2018, https://arxiv.org/abs/1810.03292)?
+
+    Layers get fresh weights, one after the other from the head down, and after each the maps are
+    compared with those of the trained network. explain: a network -> maps [N, h, w].
+    One row a layer, named as in named_modules, a column an image: Spearman's rank correlation.
+    The model itself is left alone.
+    """
+    from scipy.stats import rankdata
+
+    def ranks(maps: Tensor) -> np.ndarray:
+        ranked = rankdata(maps.flatten(1).cpu().numpy(), axis=1)
+        centred = ranked - ranked.mean(1, keepdims=True)
+        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+
+    broken, rows = copy.deepcopy(model), {}
+    original = ranks(explain(broken))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, layer in reversed(list(broken.named_modules())):
+            if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+                layer.reset_parameters()
+                if not isinstance(layer, nn.BatchNorm2d):
+                    rows[name] = (original * ranks(explain(broken))).sum(1)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")

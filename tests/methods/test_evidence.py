@@ -1,0 +1,188 @@
+"""Measures of maps against constructed cases whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+import labutils as lab
+from labutils.methods import evidence
+
+
+def square(n=3, side=12, at=slice(2, 6)):
+    masks = torch.zeros(n, side, side, dtype=torch.bool)
+    masks[:, at, at] = True
+    return masks
+
+
+def test_a_map_that_is_the_mask_is_perfect_and_its_negative_finds_nothing():
+    masks = square()
+    perfect = evidence.localisation(masks.float(), masks)
+    assert (perfect[["pointing", "energy", "recall"]] == 1).all(axis=None)
+    assert (perfect.chance == 16 / 144).all()
+    nothing = evidence.localisation((~masks).float(), masks)
+    assert (nothing[["pointing", "energy", "recall"]] == 0).all(axis=None)
+
+
+def test_half_of_the_energy_on_half_of_the_object():
+    masks, maps = square(1), torch.zeros(1, 12, 12)
+    maps[0, 2:6, 2:4] = 1.0  # eight pixels of the object's sixteen
+    maps[0, 8:12, 8:10] = 1.0  # as many beside it
+    row = evidence.localisation(maps, masks).iloc[0]
+    assert row.energy == pytest.approx(0.5)
+    assert row.recall == pytest.approx(0.5)
+
+
+def test_noise_gets_the_share_of_the_object():
+    masks = square(2_000)
+    found = evidence.localisation(evidence.random_maps(2_000, (12, 12)), masks).mean()
+    for measure, tolerance in (("pointing", 0.03), ("energy", 0.005), ("recall", 0.01)):
+        assert found[measure] == pytest.approx(found.chance, abs=tolerance)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_flat_map_says_nothing_and_is_not_credited(value):
+    sides = [square(1, at=slice(i, i + 4)) for i in range(9)]
+    found = evidence.localisation(torch.full((9, 12, 12), value), torch.cat(sides))
+    assert found.energy.to_numpy() == pytest.approx(found.chance.to_numpy())
+    assert 0 < found.recall.mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("maps", "masks", "wanted"),
+    [
+        (
+            torch.zeros(2, 4, 4),
+            torch.ones(2, 5, 5),
+            r"\[2, 4, 4\] and \[2, 5, 5\]\. Give \[N, H, W\]",
+        ),
+        (torch.zeros(4, 4), torch.ones(4, 4), r"\[4, 4\] and"),
+        (-torch.ones(1, 4, 4), torch.ones(1, 4, 4), "a map is negative somewhere"),
+        (torch.ones(1, 4, 4), torch.zeros(1, 4, 4), "a mask is empty"),
+    ],
+)
+def test_maps_and_masks_that_do_not_fit_are_named(maps, masks, wanted):
+    with pytest.raises(ValueError, match=f"^localisation: .*{wanted}"):
+        evidence.localisation(maps, masks)
+
+
+def test_baselines_know_nothing_of_the_image():
+    plain, smooth = (evidence.random_maps(50, (20, 30), blur=blur) for blur in (0, 4))
+    assert plain.shape == smooth.shape == (50, 20, 30)
+    for maps in (plain, smooth):
+        assert torch.equal(maps.amin((1, 2)), torch.zeros(50))
+        assert torch.equal(maps.amax((1, 2)), torch.ones(50))
+        assert maps.mean((0,)).std() < 0.1
+    steps = [maps.diff(dim=2).abs().mean() for maps in (plain, smooth)]
+    assert steps[1] < steps[0] / 3
+    centre = evidence.centre_prior(2, (5, 7))
+    assert centre[0, 2, 3] == 1
+    assert centre[1, [0, 0, 4, 4], [0, 6, 0, 6]].tolist() == [0, 0, 0, 0]
+    assert torch.equal(centre, centre.flip(1))
+    assert torch.equal(centre, centre.flip(2))
+
+
+def test_a_mosaic_has_its_images_in_its_quadrants():
+    images = torch.arange(8.0).view(8, 1, 1, 1).expand(-1, 3, 2, 5)
+    found = evidence.mosaics(images)
+    assert found.shape == (2, 3, 4, 10)
+    for n in range(2):
+        for index in range(4):
+            mask = evidence.quadrant(found[:, 0], index)[n]
+            assert set(found[n, 0][mask].tolist()) == {float(4 * n + index)}
+            assert mask.sum() == 10
+
+
+class Counter(nn.Module):
+    """Two logits: how much of the left half of an image is left, times 20, and 10."""
+
+    def forward(self, images):
+        left = images[:, 0, :, : images.shape[3] // 2].mean((1, 2))
+        return torch.stack([20 * left, torch.full_like(left, 10.0)], dim=1)
+
+
+def left_first(n=2, side=10):
+    maps = torch.zeros(n, side, side)
+    maps[:, :, : side // 2] = 1.0
+    return maps + 0.5 * torch.rand(n, side, side)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_removal_follows_a_curve_that_is_known(keep):
+    images, classes = torch.ones(2, 1, 10, 10), torch.zeros(2, dtype=torch.int64)
+    arguments = {"classes": classes, "fill": evidence.fill_grey, "keep": keep}
+    found = evidence.removal(Counter(), images, left_first(), **arguments)
+    assert list(found.columns) == pytest.approx(np.linspace(0, 1, 11))
+    left = np.clip(1 - 2 * np.linspace(0, 1, 11), 0, 1)
+    left = 1 - left if keep else left
+    expected = 1 / (1 + np.exp(10 - 20 * left))
+    for row in found.to_numpy():
+        assert row == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_good_map_is_deleted_faster_and_inserted_faster_than_a_bad_one():
+    images, classes = torch.ones(2, 1, 10, 10), torch.zeros(2, dtype=torch.int64)
+    areas = {}
+    for name, maps in (("good", left_first()), ("bad", left_first().flip(2))):
+        for keep in (False, True):
+            options = {"fill": evidence.fill_grey, "keep": keep}
+            curve = evidence.removal(Counter(), images, maps, classes, **options)
+            areas[name, keep] = curve.mean(axis=1)
+    assert (areas["good", False] < areas["bad", False] - 0.3).all()
+    assert (areas["good", True] > areas["bad", True] + 0.3).all()
+
+
+FILLS = [evidence.fill_grey, evidence.fill_blurred, evidence.fill_from_neighbours]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_fills_change_what_is_gone_alone(fill):
+    images = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) + 3
+    gone, kept = square(3, 16)[:, None], images.clone()
+    filled = fill(images, gone)
+    assert torch.equal(images, kept)
+    everywhere = gone.expand_as(images)
+    assert torch.equal(filled[~everywhere], images[~everywhere])
+    assert (filled != images)[everywhere].all()
+    for nothing in (torch.zeros_like(gone), torch.ones_like(gone)):
+        assert fill(images, nothing).isfinite().all()
+    assert torch.equal(fill(images, torch.zeros_like(gone)), images)
+
+
+def test_neighbours_fill_a_hole_in_a_slope_with_the_slope():
+    slope = torch.linspace(0, 1, 16).expand(1, 1, 16, 16).contiguous()
+    filled = evidence.fill_from_neighbours(slope, square(1, 16)[:, None])
+    assert filled.numpy() == pytest.approx(slope.numpy(), abs=0.06)
+    assert torch.equal(filled, evidence.fill_from_neighbours(slope, square(1, 16)[:, None]))
+
+
+def test_randomisation_compares_ranks_from_the_head_down_and_leaves_the_model_alone():
+    torch.manual_seed(0)
+    model = lab.CNN((3, 8, 8), 4, widths=[4, 6]).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(5, 3, 8, 8)
+
+    def maps(network):
+        return lab.explain(network, images, "layercam", layer="stages.stage1", class_idx=1).raw
+
+    state = torch.get_rng_state()
+    found = evidence.randomisation(model, maps)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(found.index) == [
+        *("head", "stages.stage2.3", "stages.stage2.0", "stages.stage1.3", "stages.stage1.0")
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.manual_seed(0)
+    model.head.reset_parameters()
+    original = lab.CNN((3, 8, 8), 4, widths=[4, 6]).eval()
+    original.load_state_dict(before)
+    pairs = zip(maps(original).flatten(1), maps(model).flatten(1))
+    expected = [spearmanr(a, b).statistic for a, b in pairs]
+    assert found.loc["head"].to_numpy() == pytest.approx(np.nan_to_num(expected), abs=1e-5)
+
+
+def test_maps_that_do_not_depend_on_the_weights_are_caught():
+    model, images = lab.CNN((3, 8, 8), 4, widths=[4]), torch.rand(5, 3, 8, 8)
+    found = evidence.randomisation(model, lambda network: images.mean(1))
+    assert found.to_numpy() == pytest.approx(1)
