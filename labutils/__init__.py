@@ -23,7 +23,7 @@ _EXPORTS = {
     "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary", "training_flops"],
     "training.runs": ["Run", "RunError", "publish"],
     "training.loop": ["train"],
-    "methods.cam": ["Explanation", "class_activation_map", "explain"],
+    "methods.cam": ["class_activation_map", "explain", "save_cam_visualization"],
     "notebook.claims": ["Claims", "Score", "mean_std", "tabulate"],
     "notebook.experiment": ["Experiment", "start"],
 }

@@ -97,6 +97,23 @@ def image_grid(images, captions: Sequence[str], *, title: str, columns: int = 10
     return figure
 
 
+@_styled
+def explained(image, heat, *, title: str, strength: float = 0.5) -> Figure:
+    """An image, uint8 [C, H, W], its map [H, W] with a colour bar, and the map laid over it."""
+    image, heat = np.asarray(image).transpose(1, 2, 0), np.asarray(heat)
+    figure, axes = _figure(title, 9.0, 3.6, columns=3)
+    plt.setp(axes, frame_on=False, xticks=[], yticks=[])
+    look = {"cmap": "inferno", "vmin": 0.0, "vmax": max(1.0, float(heat.max()))}
+    for axis, name in zip(axes, ("image", "map", "one over the other")):
+        axis.set_title(name, loc="left", fontsize=9, color=GREY)
+        if name != "map":
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+    drawn = axes[1].imshow(heat, **look)
+    axes[2].imshow(heat, alpha=strength, **look)
+    figure.colorbar(drawn, ax=axes, label="evidence, relative to the highest", shrink=0.85)
+    return figure
+
+
 def mistakes(images, labels, probs, classes, *, count: int = 10, columns: int = 10) -> Figure:
     """The surest mistakes first. images: uint8 [N, C, H, W], probs: [N, num_classes], no GPU."""
     images, labels, probs = np.asarray(images), np.asarray(labels), np.asarray(probs)
