@@ -252,6 +252,9 @@ def _describe(model, data, config, name) -> Run:
     info["config"] = TypeAdapter(TrainConfig).dump_python(config, mode="json")
     info["data"] = {name: getattr(data, name) for name in ("name", "source", "fingerprint")}
     info["data"]["images"] = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
+    # What it takes to use the network on another image, without the data.
+    info["data"] |= {"classes": list(data.classes), "shape": list(data.image_shape)}
+    info["data"] |= {"mean": list(data.train.mean), "std": list(data.train.std)}
     info["device"] = machine.device_name(data.train.images.device)
     info |= {"torch": torch.__version__, "python": platform.python_version()}
     key = run_key(config, spec, weights, data.fingerprint)

@@ -473,6 +473,16 @@ def seeded_otherwise():
     return lab.MLP(36, [8], 3, dropout=0.2, batch_norm=True)
 
 
+def test_a_card_tells_what_it_takes_to_use_the_network_without_the_data(data):
+    told = train(data).info["data"]
+    assert told["classes"] == list(data.classes)
+    assert told["shape"] == [1, 6, 6]
+    pixels = torch.full((1, 1, 2, 2), 200, dtype=torch.uint8)
+    mean, std = (torch.tensor(told[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    by_card = (pixels / 255 - mean) / std
+    torch.testing.assert_close(by_card, data.train.normalise(pixels), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("other", [lambda: make_model(9), frozen, seeded_otherwise])
 def test_another_model_has_another_key(data, other):
     run = train(data)
