@@ -80,7 +80,8 @@ class Augment:
     flip: Literal["none", "random", "alternating"] = "none"  # left and right; see Split.shuffled
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
     translate: NonNegativeFloat = 0.0  # pixels, either way, on both axes
-    zoom: Fraction = 0.0  # scale drawn from [1 - zoom, 1 + zoom]; one distortion with these two
+    zoom: Fraction = 0.0  # scale drawn from [1 - zoom, 1 + zoom]
+    area: Annotated[float, Field(gt=0, le=1)] = 1.0  # least share of the image that a window shows
     cutout: Pixels = 0  # side of a square that is blanked
 
 

@@ -64,7 +64,12 @@ def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, pad: int) -> T
 
 
 def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
-    """Rotate, zoom, shift each image at random, bilinear, border continued: float [N, C, H, W]."""
+    """Rotate, zoom, shift each image at random, or show a window of it: float [N, C, H, W].
+
+    One bilinear distortion, border continued. A window has its area drawn from [augment.area, 1] of
+    the image, sides as 3:4 to 4:3, and lies anywhere (Szegedy et al. 2015,
+    https://arxiv.org/abs/1409.4842); unlike theirs, one that would not fit is cut to the image.
+    """
     n, _, height, width = images.shape
     drawn = torch.rand(4, n, generator=generator).mul_(2).sub_(1)
     turn, scale, right, down = drawn.to(images.device, non_blocking=True)
@@ -73,12 +78,24 @@ def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Ten
     # Grid coordinates run from -1 to 1 on both axes, so a rotation scales by the aspect ratio.
     row_x = cos, -sin * (height / width), right * (reach / width)
     row_y = sin * (width / height), cos, down * (reach / height)
+    if augment.area < 1:
+        row_x, row_y = _in_window(row_x, row_y, augment.area, generator)
     # One product for the whole batch; F.affine_grid makes one an image, ten times as slow.
     identity = torch.eye(2, 3, device=images.device)[None]
     pixels = F.affine_grid(identity, (1, 1, height, width), align_corners=False).view(-1, 2)
     grid = torch.stack([*row_x, *row_y], dim=1).view(-1, 3) @ F.pad(pixels, (0, 1), value=1.0).T
     grid = grid.view(n, 2, height, width).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _in_window(row_x, row_y, least: float, generator: torch.Generator) -> tuple:
+    """Rows of an affine map, applied to a random part of the square [-1, 1]^2 instead of it all."""
+    drawn = torch.rand(4, len(row_x[0]), generator=generator)
+    share, ratio, right, down = drawn.to(row_x[0].device, non_blocking=True)
+    share, ratio = least + share * (1 - least), (4 / 3) ** (2 * ratio - 1)
+    width, height = (share * ratio).sqrt().clamp(max=1), (share / ratio).sqrt().clamp(max=1)
+    x, y = (2 * right - 1) * (1 - width), (2 * down - 1) * (1 - height)
+    return tuple((a * width, b * height, c + a * x + b * y) for a, b, c in (row_x, row_y))
 
 
 def blank(images: Tensor, centres: Tensor, side: int) -> Tensor:

@@ -74,7 +74,7 @@ class Split:
             if augment.crop or augment.flip != "none":
                 images = crop_and_flip(images, corners[index], flips[index], augment.crop)
             images = self.normalise(images)
-            if augment.rotate or augment.translate or augment.zoom:
+            if augment.rotate or augment.translate or augment.zoom or augment.area < 1:
                 images = distort(images, augment, generator(seed, epoch, first))
             if augment.cutout:
                 images = blank(images, centres[index], augment.cutout)

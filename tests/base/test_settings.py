@@ -56,6 +56,7 @@ DISTORTIONS = {
     "rotate": st.just(0) | st.floats(0, 180),
     "translate": st.just(0.0) | st.floats(0, 8),
     "zoom": st.just(0.0) | st.floats(0, 0.9),
+    "area": st.just(1.0) | st.floats(0.1, 0.9),
     "crop": st.integers(0, 8),
     "cutout": st.integers(0, 8),
 }
@@ -83,6 +84,7 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value):
     ("name", "value"),
     [(name, bad) for name in ("rotate", "translate", "zoom") for bad in NOT_NUMBERS]
     + [("rotate", 181), ("zoom", 1)]
+    + [("area", bad) for bad in [*NOT_NUMBERS, 0, 1.1, None]]
     + [(name, bad) for name in ("crop", "cutout") for bad in (-1, 4.0, True, "4", None, 2**31)],
 )
 def test_a_bad_distortion_is_named(name, value):
@@ -147,7 +149,7 @@ def test_changes_are_the_settings_that_differ_and_rebuild_the_config(settings, d
     }
     if not settings.get("image_sizes"):  # a list here, a tuple there
         expected.pop("image_sizes", None)
-    nested = {key: value for key, value in distortion.items() if value != 0}
+    nested = {key: v for key, v in distortion.items() if v != defaults(Augment)[key]}
     changes = built.changes()
     assert changes == expected | ({"augment": nested} if nested else {})
     stored = json.loads(json.dumps(changes))

@@ -106,6 +106,37 @@ def test_a_rotation_is_torchvisions_also_on_wide_images():
         torch.testing.assert_close(found[..., inside], expected[..., inside], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(16, 16), (12, 24)], ids=str)
+@pytest.mark.parametrize("least", [0.1, 0.8])
+def test_a_window_is_a_slow_crop_that_is_resized(size, least):
+    height, width = size
+    images = torch.rand(20, 2, height, width, generator=torch.Generator().manual_seed(0))
+    found = augmentation.distort(images, Augment(area=least), torch.Generator().manual_seed(1))
+    source = torch.Generator().manual_seed(1)
+    torch.rand(4, 20, generator=source)  # what the other distortions draw
+    drawn = torch.rand(4, 20, generator=source).double().numpy()
+    seen = []
+    for number, (share, ratio, right, down) in enumerate(drawn.T):
+        area, ratio = least + share * (1 - least), (4 / 3) ** (2 * ratio - 1)
+        wide, high = min(1, math.sqrt(area * ratio)), min(1, math.sqrt(area / ratio))
+        left, top = right * (1 - wide) * width, down * (1 - high) * height
+        rows = top + (np.arange(height) + 0.5) * high - 0.5
+        columns = left + (np.arange(width) + 0.5) * wide - 0.5
+        places = np.meshgrid(rows, columns, indexing="ij")
+        for channel in range(2):
+            image = images[number, channel].numpy()
+            expected = ndimage.map_coordinates(image, places, order=1, mode="nearest")
+            np.testing.assert_allclose(found[number, channel], expected, atol=1e-4)
+        seen.append(wide * high)
+    assert 0.75 * least < min(seen) < max(seen) <= 1
+
+
+def test_a_window_is_part_of_a_training_epoch(digits):
+    first = next(digits.train.shuffled(16, seed=0, epoch=0))[0]
+    windows = next(digits.train.shuffled(16, seed=0, epoch=0, augment=Augment(area=0.3)))[0]
+    assert not torch.allclose(first, windows, atol=0.1)
+
+
 def test_no_distortion_is_the_identity(digits):
     images = digits.train.normalise(digits.train.images[:40])
     found = augmentation.distort(images, Augment(), torch.Generator().manual_seed(0))
