@@ -153,9 +153,15 @@ class _MirrorWhitening(_MirrorConv):
     swap_out, swap_in = staticmethod(_swap_whitening), staticmethod(lambda values, dim: values)
 
 
-class _MirrorLinear(_ScaledLinear):
+class _MirrorLinear(nn.Linear):
+    """The scaled head with larger weights and a smaller scale: it wants the rate of the offsets."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight.detach().mul_(48 / 9)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, (self.weight + _swap_halves(self.weight, 1)) / 2) / 9
+        return F.linear(x, (self.weight + _swap_halves(self.weight, 1)) / 2) / 48
 
 
 class _PairedNorm(nn.BatchNorm2d):

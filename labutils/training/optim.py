@@ -58,8 +58,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """An optimizer over the parameters that require a gradient, fused where torch has it so.
 
     sgd is with Nesterov momentum 0.9. muon, see below, is for the weights of all layers but the
-    last; the rest has AdamW at an eighth of the rate. Raises ValueError if there are none of them.
-    Each group has a `share`: its learning rate as a fraction of the schedule's.
+    last; SGD with Nesterov momentum 0.85 takes the rest, at config.rest_lr.
+    Each group has a `share`: its learning rate as a fraction of the schedule's. Raises ValueError
+    if there is nothing for muon to do.
     """
     free = [p for p in model.parameters() if p.requires_grad]
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -72,14 +73,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             raise ValueError(f"train: optimizer = 'muon': {problem}. Choose 'sgd' or 'adamw'.")
         rest = [p for p in free if id(p) not in below_head]
         groups = [{"params": hidden, "hidden": True, "share": 1.0}]
-        groups += [{"params": rest, "hidden": False, "share": 1 / 8}]
-        return Muon(groups, **common)
+        groups += [{"params": rest, "hidden": False, "share": config.rest_lr / config.lr}]
+        return Muon(groups, **common, momentum=0.85, nesterov=True)
     momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
     return kinds[config.optimizer]([{"params": free, "share": 1.0}], **common, **momentum)
 
 
-class Muon(torch.optim.AdamW):
-    """Orthogonalised momentum for the groups that are `hidden`, AdamW for the others.
+class Muon(torch.optim.SGD):
+    """Orthogonalised momentum for the groups that are `hidden`, SGD for the others.
 
     Jordan 2024, https://kellerjordan.github.io/posts/muon/, in the form of his CIFAR-10 record
     (airbench94_muon, https://github.com/KellerJordan/cifar10-airbench): a filter [out, in, h, w] is
@@ -91,14 +92,14 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:
         for group in self.param_groups:
             for weight in group["params"] if group["hidden"] else ():
-                if not self.state[weight]:  # with a step, which AdamW looks for when it is loaded
-                    self.state[weight] = {"momentum": weight * 0, "step": torch.zeros(())}
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
                 momentum = self.state[weight]["momentum"].mul_(0.6).add_(weight.grad)
                 gradient = weight.grad.add(momentum, alpha=0.6)
                 change, norm = orthogonalise(gradient.flatten(1)).view_as(weight), weight.norm()
                 weight.sub_(change * (group["lr"] * norm / change.norm().clamp(min=1e-7)))
                 weight.mul_(norm / weight.norm().clamp(min=1e-7))
-                weight.grad = None  # so that AdamW leaves it alone
+                weight.grad = None  # so that SGD leaves it alone
         super().step()
 
 

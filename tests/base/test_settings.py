@@ -30,6 +30,7 @@ BAD = {
     "image_sizes": [None, 32, "32", 0.5],
     "optimizer": ["lion", "AdamW", None],
     "lr": [*NOT_NUMBERS, 0, None],
+    "rest_lr": [*NOT_NUMBERS, 0, None],
     "weight_decay": [*NOT_NUMBERS, None],
     "schedule": ["step", "", None],
     "label_smoothing": [*NOT_NUMBERS, 1, None],
