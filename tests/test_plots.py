@@ -83,6 +83,7 @@ def make_figures():
     return {
         "image_grid": plots.image_grid(images, ["a\nb"] * 7, title="T", columns=3),
         "mistakes": plots.mistakes(images, np.arange(7) % 2, probs, ["x", "y"]),
+        "explained": plots.explained(images[0], np.eye(images.shape[2]), title="T"),
         "heatmap": plots.heatmap(cells, title="T", label="accuracy (%)"),
         "confusion": plots.confusion(np.array([[5, 2], [0, 7]]), ["x", "y"], title="T"),
         **{name: draw(name) for name in ARGUMENTS},
@@ -124,6 +125,23 @@ def test_every_figure_draws_within_ten_inches_and_is_not_left_open(figures):
 
 def callable_of_plots(name):
     return getattr(getattr(plots, name), "__module__", None) == plots.__name__ and name[0] != "_"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_explanation_shows_the_image_the_map_and_both(channels):
+    image = np.random.default_rng(0).integers(0, 256, (channels, 5, 7), dtype=np.uint8)
+    heat = np.arange(35).reshape(5, 7) / 34
+    figure = plots.explained(image, heat, title="T", strength=0.3)
+    left, middle, right, bar = figure.axes
+    (first,), (second,) = left.get_images(), middle.get_images()
+    below, above = right.get_images()
+    for drawn in (first, below):
+        assert np.array_equal(np.squeeze(drawn.get_array()), np.squeeze(image.transpose(1, 2, 0)))
+    for drawn in (second, above):
+        assert np.array_equal(drawn.get_array(), heat)
+        assert drawn.get_clim() == (0, 1)
+    assert above.get_alpha() == 0.3
+    assert bar.get_ylabel().startswith("evidence")
 
 
 def test_a_long_title_is_broken_into_lines():
