@@ -4,7 +4,6 @@
 What a training remembers is in checkpoint.py, the store of runs in runs.py.
 """
 
-import dataclasses
 import datetime
 import math
 import platform
@@ -22,13 +21,13 @@ from torch.nn import functional as F
 from ..base import device as machine
 from ..base.files import runs_dir
 from ..base.settings import NonNegativeFloat, TrainConfig, check, first_line
-from ..data.augmentation import require_fit, resize
+from ..data.augmentation import resize
 from ..data.tensors import ImageData
-from ..evaluation.metrics import loss_and_accuracy, predict
+from ..evaluation.metrics import loss_and_accuracy
 from ..models.registry import num_parameters
 from . import checkpoint, watch
 from .key import identify, run_key
-from .optim import image_size, lr_factor, make_optimizer, stop_reason
+from .optim import image_size, lr_factor, make_optimizer, require_trainable, stop_reason
 from .runs import Run, RunError, find, finish, open_part, save_weights, store_lock
 
 _KINDS = {"model": InstanceOf[nn.Module], "data": InstanceOf[ImageData]}
@@ -66,7 +65,7 @@ def train(
     config = config or TrainConfig()
     given = {"model": model, "data": data, "config": config, "name": name}
     check("train", _KINDS, given | {"checkpoint_seconds": checkpoint_seconds})
-    _require_trainable(model, data, config)
+    require_trainable(model, data, config)
     run = _describe(model, data, config, name)
     if retrain or not (found := find(run.key, model)):
         with store_lock(run.key):
@@ -259,40 +258,3 @@ def _describe(model, data, config, name) -> Run:
     info |= {"torch": torch.__version__, "python": platform.python_version()}
     key = run_key(config, spec, weights, data.fingerprint)
     return Run(name, key, info, rows=[], path=runs_dir(), model=model)
-
-
-def _require_trainable(model, data, config) -> None:
-    """Raise ValueError for what does not fit together; move the model to the data's device."""
-    split, shape, classes = data.train, data.image_shape, data.num_classes
-    if config.batch_size > len(split):
-        allowed = f"Choose at most {len(split)}, the images of the training split."
-        raise ValueError(f"train: batch_size = {config.batch_size}. {allowed}")
-    require_fit(config.augment, shape)
-    if not num_parameters(model):
-        raise ValueError("train: the model has no parameter that requires a gradient.")
-    make_optimizer(model, config)  # which refuses a model that gives it nothing to do
-    model.to(split.images.device)
-    remedy = f"Build it for data.image_shape, an MLP with in_features={data.num_features}."
-    outputs = _require_fit(model, split, None, remedy)
-    # On a GPU this shows late, and takes the whole process with it.
-    if outputs != classes:
-        problem = f"the model has {outputs} outputs, the data {classes} classes"
-        raise ValueError(f"train: {problem}. Build it with num_classes={classes}.")
-    if config.image_sizes and {*shape[1:]} != {config.image_sizes[-1]}:
-        wanted = f"End at the side of the data's images, which have to be square: {shape[1:]}."
-        raise ValueError(f"train: image_sizes = {config.image_sizes}. {wanted}")
-    for side in config.image_sizes[:-1]:
-        remedy = f"Choose image_sizes above {side}, or a network that takes images of any size."
-        _require_fit(model, split, side, remedy)
-
-
-def _require_fit(model, split, side, remedy) -> int:
-    """How many outputs the model has for images of a side; ValueError if it cannot take them."""
-    images = split.images[:2].float()
-    images = images if side is None else resize(images, side)
-    two = dataclasses.replace(split, images=images, labels=split.labels[:2])
-    try:
-        return predict(model, two).shape[1]
-    except RuntimeError as error:
-        problem = f"the model cannot take images of shape {tuple(images.shape[1:])}"
-        raise ValueError(f"train: {problem} ({first_line(error)}). {remedy}") from error

@@ -1,11 +1,53 @@
-"""What a recipe decides on the way: optimizer, learning rate, size of images, when to stop."""
+"""What a recipe asks for, and decides: optimizer, learning rate, size of images, when to stop."""
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 
-from ..base.settings import TrainConfig
+from ..base.settings import TrainConfig, first_line
+from ..data.augmentation import require_fit, resize
+from ..data.tensors import ImageData, Split
+from ..evaluation.metrics import predict
+from ..models.registry import num_parameters
+
+
+def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) -> None:
+    """Raise ValueError for what does not fit together; move the model to the data's device."""
+    split, shape, classes = data.train, data.image_shape, data.num_classes
+    if config.batch_size > len(split):
+        allowed = f"Choose at most {len(split)}, the images of the training split."
+        raise ValueError(f"train: batch_size = {config.batch_size}. {allowed}")
+    require_fit(config.augment, shape)
+    if not num_parameters(model):
+        raise ValueError("train: the model has no parameter that requires a gradient.")
+    make_optimizer(model, config)  # which refuses a model that gives it nothing to do
+    model.to(split.images.device)
+    remedy = f"Build it for data.image_shape, an MLP with in_features={data.num_features}."
+    outputs = _outputs(model, split, None, remedy)
+    # On a GPU this shows late, and takes the whole process with it.
+    if outputs != classes:
+        problem = f"the model has {outputs} outputs, the data {classes} classes"
+        raise ValueError(f"train: {problem}. Build it with num_classes={classes}.")
+    if config.image_sizes and {*shape[1:]} != {config.image_sizes[-1]}:
+        wanted = f"End at the side of the data's images, which have to be square: {shape[1:]}."
+        raise ValueError(f"train: image_sizes = {config.image_sizes}. {wanted}")
+    for side in config.image_sizes[:-1]:
+        remedy = f"Choose image_sizes above {side}, or a network that takes images of any size."
+        _outputs(model, split, side, remedy)
+
+
+def _outputs(model: nn.Module, split: Split, side: int | None, remedy: str) -> int:
+    """How many outputs the model has for images of a side; ValueError if it cannot take them."""
+    images = split.images[:2].float()
+    images = images if side is None else resize(images, side)
+    two = dataclasses.replace(split, images=images, labels=split.labels[:2])
+    try:
+        return predict(model, two).shape[1]
+    except RuntimeError as error:
+        problem = f"the model cannot take images of shape {tuple(images.shape[1:])}"
+        raise ValueError(f"train: {problem} ({first_line(error)}). {remedy}") from error
 
 
 def stop_reason(rows: list[dict[str, float]], config: TrainConfig) -> str | None:
