@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -140,7 +141,8 @@ def fill_from_neighbours(images: Tensor, gone: Tensor) -> Tensor:
     from pytorch_grad_cam.metrics.road import NoisyLinearImputer
 
     impute, filled = NoisyLinearImputer(noise=0.01), []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it hands tensors to NumPy
         torch.manual_seed(0)
         for image, missing in zip(images.cpu(), gone[:, 0].cpu()):
             if missing.all():  # no neighbour knows anything

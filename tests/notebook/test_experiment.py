@@ -130,6 +130,7 @@ def test_only_an_experiment_that_publishes_does(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "images_dir", lambda: tmp_path / "images")
     figure, ax = plt.subplots()
+    plt.close(figure)  # another test counts those that are open
     ax.plot([1, 2])
     for publish in (False, True):
         ex = lab.Experiment("9.9", data, seeds=[0, 1], publish=publish)
