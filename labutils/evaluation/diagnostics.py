@@ -117,9 +117,10 @@ def training_flops(model: nn.Module, input_size: Sequence[int]) -> int:
 
     The optimizer and what is no convolution or matrix product are not counted.
     """
-    device = next((p.device for p in model.parameters()), "cpu")
-    with in_mode(model, training=True), FlopCounterMode(display=False) as counter:
-        # Of two, since batch norm has nothing to compare one with.
-        model(torch.zeros(2, *input_size, device=device)).sum().backward()
-    model.zero_grad()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Of two, since batch norm has nothing to compare one with.
+    inputs = torch.zeros(2, *input_size, device=trained[0].device)
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        logits = _training_step(model, inputs)
+        torch.autograd.grad(logits.sum(), trained, allow_unused=True)
     return counter.get_total_flops() // 2

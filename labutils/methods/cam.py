@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 from ..base.files import atomic_write
 from ..base.settings import suggestion
@@ -223,13 +224,8 @@ def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[nn.Modul
         if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
             seen.add(part)
 
-    hooks = [part.register_forward_hook(note) for part in model.modules()]
-    try:
-        with in_mode(model, training=False), torch.inference_mode():
-            num_classes = model(images[:1]).shape[1]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with register_module_forward_hook(note), in_mode(model, training=False), torch.inference_mode():
+        num_classes = model(images[:1]).shape[1]
     spatial = {each: part for each, part in model.named_modules() if part in seen}
     stages = [each for each in spatial if each.startswith("stages.") and each.count(".") == 1]
     name = stages[-1] if name is None and stages else name

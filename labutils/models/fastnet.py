@@ -39,20 +39,21 @@ class FastNet(ConvNet):
     ) -> None:
         if mirror and any(width % 2 for width in widths):
             raise ValueError(f"FastNet: widths = {widths}. With mirror=True, each has to be even.")
-        require_size("FastNet", image_shape, 2 ** (len(widths) + mirror) + (not mirror))
+        smallest = 2 ** (len(widths) + 1) if mirror else 2 ** len(widths) + 1
+        require_size("FastNet", image_shape, smallest)
         # Two filters, one the negative of the other, for each of the 4 C values in a patch.
         channels = 8 * image_shape[0]
         whiten = (_MirrorWhitening if mirror else nn.Conv2d)(image_shape[0], channels, 2)
         whiten.weight.requires_grad_(False)
         nn.init.zeros_(whiten.bias)
         stages = {"whiten": nn.Sequential(whiten, nn.GELU())}
+        conv = _MirrorConv if mirror else nn.Conv2d
         for number, (before, width) in enumerate(pairwise([channels, *widths]), start=1):
-            kind = nn.Conv2d if not mirror else _MirrorConv if number > 1 else _MirrorFirst
+            after_whitening = _MirrorFirst if mirror and number == 1 else conv
             # Windows of three lie evenly on an odd number of pixels, so also on mirrored ones.
-            first = [_identity_conv(kind, before, width), nn.MaxPool2d(2 + mirror, 2)]
-            kind = _MirrorConv if mirror else nn.Conv2d
+            first = [_identity_conv(after_whitening, before, width), nn.MaxPool2d(2 + mirror, 2)]
             first += [_offset_norm(width, mirror), nn.GELU()]
-            second = [_identity_conv(kind, width, width), _offset_norm(width, mirror), nn.GELU()]
+            second = [_identity_conv(conv, width, width), _offset_norm(width, mirror), nn.GELU()]
             stages[f"stage{number}"] = nn.Sequential(*first, *second)
         pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
         head = _MirrorLinear if mirror else _ScaledLinear
@@ -83,15 +84,13 @@ class FastNet(ConvNet):
             total = total + patches.sum(1)
             moments = moments + patches @ patches.T
         covariance = moments / count - (total / count).outer(total / count)
-        filters = _whitening(covariance)
         if self.mirror:
-            left, right = (
-                torch.eye(len(covariance), dtype=torch.double).unflatten(0, (-1, 2)).unbind(1)
-            )
+            pixels = torch.eye(len(covariance), dtype=torch.double)
+            left, right = pixels[::2], pixels[1::2]
             bases = (left - right) / 2**0.5, (left + right) / 2**0.5
-            filters = torch.cat(
-                [_whitening(basis @ covariance @ basis.T) @ basis for basis in bases]
-            )
+            filters = torch.cat([_whitening(b @ covariance @ b.T) @ b for b in bases])
+        else:
+            filters = _whitening(covariance)
         layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
 

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Annotated
 
 import torch
-from pydantic import Field, InstanceOf, TypeAdapter
+from pydantic import Field, InstanceOf
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,6 +53,9 @@ def train(
         and ends with the weights of the best epoch by config.monitor, unless only the card of the
         run is published. name: starts the name of the run's folder. retrain: even if it is stored.
     track: see watch.open_mirrors. progress: live bar, and a line when a stored run is loaded.
+    config.accumulate: a step is computed in so many parts, whose gradients add up to those of the
+        batch; batch norm sees one part at a time. config.image_sizes: images are shrunk to each of
+        these in turn, for equal shares of the steps; the last is their own. Scored at full size.
     checkpoint_seconds: longest time of work that a kill can cost. compile: by torch.compile, which
         like the device and bf16 changes rounding and dropout's choice, but not the key.
 
@@ -100,8 +103,9 @@ def _loop(state, data, config, forward, after_step, after_epoch) -> str | None:
                 loss.backward(torch.full_like(loss, len(labels) / size))
                 # Reading the loss here would wait for the device; it is read when the epoch ends.
                 state.add(loss, logits, labels)
+            lr = config.lr * lr_factor(config, step, steps)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * lr_factor(config, step, steps) * group["share"]
+                group["lr"] = lr * group["share"]
             optimizer.step()
             optimizer.zero_grad()
             if averaged is not None:
@@ -248,7 +252,7 @@ def _describe(model, data, config, name) -> Run:
     """The run with all that is known before it is trained, its key above all."""
     spec, weights = identify(model, config.seed)
     info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
-    info["config"] = TypeAdapter(TrainConfig).dump_python(config, mode="json")
+    info["config"] = config.values()
     info["data"] = {name: getattr(data, name) for name in ("name", "source", "fingerprint")}
     info["data"]["images"] = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
     # What it takes to use the network on another image, without the data.

@@ -22,10 +22,12 @@ def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) ->
     require_fit(config.augment, shape)
     if not num_parameters(model):
         raise ValueError("train: the model has no parameter that requires a gradient.")
-    make_optimizer(model, config)  # which refuses a model that gives it nothing to do
+    if config.optimizer == "muon":
+        hidden_weights(model)
     model.to(split.images.device)
     remedy = f"Build it for data.image_shape, an MLP with in_features={data.num_features}."
-    outputs = _outputs(model, split, None, remedy)
+    images = split.images[:2]
+    outputs = _outputs(model, split, images, remedy)
     # On a GPU this shows late, and takes the whole process with it.
     if outputs != classes:
         problem = f"the model has {outputs} outputs, the data {classes} classes"
@@ -35,16 +37,14 @@ def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) ->
         raise ValueError(f"train: image_sizes = {config.image_sizes}. {wanted}")
     for side in config.image_sizes[:-1]:
         remedy = f"Choose image_sizes above {side}, or a network that takes images of any size."
-        _outputs(model, split, side, remedy)
+        _outputs(model, split, resize(images.float(), side), remedy)
 
 
-def _outputs(model: nn.Module, split: Split, side: int | None, remedy: str) -> int:
-    """How many outputs the model has for images of a side; ValueError if it cannot take them."""
-    images = split.images[:2].float()
-    images = images if side is None else resize(images, side)
-    two = dataclasses.replace(split, images=images, labels=split.labels[:2])
+def _outputs(model: nn.Module, split: Split, images: Tensor, remedy: str) -> int:
+    """How many outputs the model has for the first images; ValueError if it cannot take them."""
+    first = dataclasses.replace(split, images=images, labels=split.labels[: len(images)])
     try:
-        return predict(model, two).shape[1]
+        return predict(model, first).shape[1]
     except RuntimeError as error:
         problem = f"the model cannot take images of shape {tuple(images.shape[1:])}"
         raise ValueError(f"train: {problem} ({first_line(error)}). {remedy}") from error
@@ -102,23 +102,29 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     sgd is with Nesterov momentum 0.9. muon, see below, is for the weights of all layers but the
     last; SGD with Nesterov momentum 0.85 takes the rest, at config.rest_lr.
     Each group has a `share`: its learning rate as a fraction of the schedule's. Raises ValueError
-    if there is nothing for muon to do.
+    as hidden_weights does.
     """
     free = [p for p in model.parameters() if p.requires_grad]
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "muon":
-        below_head = {id(p) for p in [p for p in model.parameters() if p.ndim > 1][:-1]}
-        hidden = [p for p in free if id(p) in below_head]
-        if not hidden:
-            problem = "below its last layer, the model has no weights that require a gradient"
-            raise ValueError(f"train: optimizer = 'muon': {problem}. Choose 'sgd' or 'adamw'.")
-        rest = [p for p in free if id(p) not in below_head]
+        hidden = hidden_weights(model)
+        taken = {id(p) for p in hidden}
+        rest = [p for p in free if id(p) not in taken]
         groups = [{"params": hidden, "hidden": True, "share": 1.0}]
         groups += [{"params": rest, "hidden": False, "share": config.rest_lr / config.lr}]
         return Muon(groups, **common, momentum=0.85, nesterov=True)
     momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
     return kinds[config.optimizer]([{"params": free, "share": 1.0}], **common, **momentum)
+
+
+def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
+    """What muon trains: matrices and filters below the last layer. ValueError if there are none."""
+    below_head = [p for p in model.parameters() if p.ndim > 1][:-1]
+    if not (hidden := [p for p in below_head if p.requires_grad]):
+        problem = "below its last layer, the model has no weights that require a gradient"
+        raise ValueError(f"train: optimizer = 'muon': {problem}. Choose 'sgd' or 'adamw'.")
+    return hidden
 
 
 class Muon(torch.optim.SGD):

@@ -282,3 +282,15 @@ def test_training_costs_a_backward_pass_for_the_input_and_one_for_the_weights():
     assert lab.training_flops(model, (3, 16, 16)) == 3 * rows["total"] - first
     assert all(p.grad is None for p in model.parameters())
     assert model.training
+
+
+def test_counting_the_operations_of_training_leaves_the_model_as_it_was():
+    model = lab.CNN((3, 16, 16), 10, widths=[4, 8]).eval()
+    model(torch.ones(2, 3, 16, 16)).sum().backward()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients, drawn = [p.grad.clone() for p in model.parameters()], torch.get_rng_state()
+    lab.training_flops(model, (3, 16, 16))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not model.training
