@@ -100,7 +100,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """An optimizer over the parameters that require a gradient, fused where torch has it so.
 
     sgd is with Nesterov momentum 0.9. muon, see below, is for the weights of all layers but the
-    last; SGD with Nesterov momentum 0.85 takes the rest, at config.rest_lr.
+    last, and decays none. SGD with Nesterov momentum 0.85 takes the last layer's, at head_lr, and
+    all vectors, at bias_lr; lr * weight_decay is what a step takes of either.
     Each group has a `share`: its learning rate as a fraction of the schedule's. Raises ValueError
     as hidden_weights does.
     """
@@ -109,10 +110,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "muon":
         hidden = hidden_weights(model)
-        taken = {id(p) for p in hidden}
-        rest = [p for p in free if id(p) not in taken]
+        head = [p for p in free if p.ndim > 1][len(hidden) :]
         groups = [{"params": hidden, "hidden": True, "share": 1.0}]
-        groups += [{"params": rest, "hidden": False, "share": config.rest_lr / config.lr}]
+        vectors = [p for p in free if p.ndim < 2]
+        for params, lr in ((vectors, config.bias_lr), (head, config.head_lr)):
+            decay = config.weight_decay * config.lr / lr
+            rest = {"params": params, "share": lr / config.lr, "weight_decay": decay}
+            groups += [rest | {"hidden": False}]
         return Muon(groups, **common, momentum=0.85, nesterov=True)
     momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
     return kinds[config.optimizer]([{"params": free, "share": 1.0}], **common, **momentum)

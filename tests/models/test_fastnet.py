@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 import labutils as lab
 from labutils.training.key import identify
-from labutils.training.optim import orthogonalise
 
 WIDTHS = [4, 8, 8]
 
@@ -197,95 +196,3 @@ def test_images_that_are_too_small_for_its_stages_are_refused():
     with pytest.raises(ValueError, match=r"FastNet: image_shape = \(1, 8, 8\).*9x9 pixels"):
         lab.FastNet((1, 8, 8), 10)
     assert lab.FastNet((1, 9, 9), 10).eval()(torch.zeros(2, 1, 9, 9)).shape == (2, 10)
-
-
-def make_mirror():
-    torch.manual_seed(0)
-    model = lab.FastNet((3, 32, 32), 10, widths=WIDTHS, mirror=True)
-    model.whiten(smooth_images())
-    for name, value in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(value, std=0.1)
-    return model
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("side", [16, 24, 32])
-def test_an_image_and_its_mirror_image_have_the_same_logits(side, training, channels_last):
-    model, images = make_mirror().train(training), smooth_images(20, side=side)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    logits = model(images)
-    assert logits.std(0).min() > 1e-4
-    torch.testing.assert_close(model(images.flip(3)), logits, rtol=1e-3, atol=1e-5)
-
-
-def test_the_second_half_of_the_maps_are_those_of_the_mirrored_image():
-    model, images = make_mirror().eval(), smooth_images(3, side=32)
-    stages = list(model.stages.values())
-    maps, mirrored = stages[0](images), stages[0](images.flip(3))
-    for stage in stages[1:]:
-        maps, mirrored = stage(maps), stage(mirrored)
-        first, second = maps.chunk(2, dim=1)
-        swapped = torch.cat([second, first], dim=1).flip(3)
-        torch.testing.assert_close(mirrored, swapped, rtol=1e-3, atol=1e-5)
-
-
-def test_filters_of_a_mirroring_network_whiten_images_and_their_mirror_images():
-    model, images = make_mirror(), smooth_images()
-    both, layer = torch.cat([images, images.flip(3)]), model.stages["whiten"][0]
-    nn.init.zeros_(layer.bias)
-    maps = layer(both)[:, :12].movedim(1, 0).flatten(1)
-    torch.testing.assert_close(maps.cov(), torch.eye(12), atol=0.02, rtol=0)
-    weight = layer.weight
-    assert torch.equal(weight[12:], -weight[:12])
-    assert torch.equal(weight[:6].flip(3), -weight[:6])
-    assert torch.equal(weight[6:12].flip(3), weight[6:12])
-
-
-def test_a_step_along_its_gradient_leaves_it_mirroring():
-    model, images = make_mirror(), smooth_images(20, side=32)
-    weight = model.stages["stage2"][0].weight
-    model(images).square().sum().backward()
-    with torch.no_grad():
-        kept = weight - 0.1 * weight.grad
-        mirrored = kept.flip(3).roll(kept.shape[0] // 2, 0).roll(kept.shape[1] // 2, 1)
-    torch.testing.assert_close(kept, mirrored, rtol=1e-3, atol=1e-6)
-    turned = orthogonalise(weight.grad.flatten(1)).view_as(weight)
-    mirrored = turned.flip(3).roll(turned.shape[0] // 2, 0).roll(turned.shape[1] // 2, 1)
-    torch.testing.assert_close(turned, mirrored, rtol=1e-3, atol=1e-4)
-
-
-def test_a_mirroring_network_does_the_work_of_another():
-    plain, mirroring = (lab.FastNet((3, 32, 32), 10, mirror=mirror) for mirror in (False, True))
-    work = [lab.summary(model, (3, 32, 32)).FLOPs["total"] for model in (plain, mirroring)]
-    assert work[1] == pytest.approx(work[0], rel=1e-3)
-    offsets = 64 + 256 + 256  # of which partners have one
-    assert lab.num_parameters(mirroring) == lab.num_parameters(plain) - offsets
-    assert mirroring.spec == plain.spec | {"mirror": True}
-
-
-def test_mirrored_convolutions_start_as_the_identity_too():
-    layer, maps = make_mirror().stages["stage3"][0], torch.randn(2, 8, 7, 7)
-    torch.testing.assert_close(layer(maps), 2**0.5 * maps)
-
-
-@pytest.mark.parametrize(
-    ("shape", "widths", "wanted"),
-    [
-        ((3, 32, 32), [4, 7, 8], r"widths = \[4, 7, 8\]\. With mirror=True, each has to be even"),
-        ((3, 15, 15), [4, 8, 8], r"image_shape = \(3, 15, 15\).*16x16 pixels"),
-    ],
-)
-def test_what_cannot_be_mirrored_is_refused(shape, widths, wanted):
-    with pytest.raises(ValueError, match=f"^FastNet: {wanted}"):
-        lab.FastNet(shape, 10, widths=widths, mirror=True)
-
-
-def test_a_mirroring_network_is_known_by_its_seed_and_its_weights():
-    torch.manual_seed(0)
-    fresh = lab.FastNet((3, 32, 32), 10, widths=WIDTHS, mirror=True)
-    assert identify(fresh, 0) == (fresh.spec, "seed")
-    model = make_mirror()
-    assert identify(model, 0)[1] == identify(make_mirror(), 0)[1] != "seed"

@@ -231,7 +231,8 @@ def test_image_sizes_have_equal_shares_of_the_steps_and_end_with_the_last():
 
 
 def muon_after_two_steps(model, images):
-    config = lab.TrainConfig(optimizer="muon", lr=0.2, rest_lr=0.05, weight_decay=0.01)
+    rates = {"lr": 0.2, "bias_lr": 0.05, "head_lr": 0.1}
+    config = lab.TrainConfig(optimizer="muon", weight_decay=0.01, **rates)
     optimizer = make_optimizer(model, config)
     for _ in range(2):
         for group in optimizer.param_groups:
@@ -241,15 +242,18 @@ def muon_after_two_steps(model, images):
         optimizer.zero_grad()
 
 
-def test_muon_equals_its_definition_for_hidden_weights_and_sgd_takes_the_rest():
+def test_muon_equals_its_definition_for_hidden_weights_and_sgd_takes_head_and_vectors():
     torch.manual_seed(0)
     ours, bare = lab.CNN((1, 4, 4), 3, widths=[4]).eval(), lab.CNN((1, 4, 4), 3, widths=[4]).eval()
     bare.load_state_dict(ours.state_dict())
     images = torch.randn(8, 1, 4, 4)
     muon_after_two_steps(ours, images)
     hidden = [p for p in bare.parameters() if p.ndim == 4]
-    rest = [p for p in bare.parameters() if p.ndim < 4]
-    sgd = torch.optim.SGD(rest, lr=0.05, momentum=0.85, nesterov=True, weight_decay=0.01)
+    vectors = {"params": [p for p in bare.parameters() if p.ndim == 1], "lr": 0.05}
+    head = {"params": [bare.head.weight], "lr": 0.1}
+    # A step takes 0.2 * 0.01 of each, whatever its rate.
+    groups = [vectors | {"weight_decay": 0.04}, head | {"weight_decay": 0.02}]
+    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True)
     sums = [0.0, 0.0]
     for _ in range(2):
         bare.zero_grad()
