@@ -22,6 +22,7 @@ def load_data(
     subset: float = 1.0,
     seed: int = 0,
     image_size: int | None = None,
+    shortcut: float | None = None,
     device: str | torch.device = "auto",
 ) -> ImageData:
     """Load a data set by name, cut off a validation split and put everything on the device.
@@ -31,11 +32,12 @@ def load_data(
     val_size: images, or a fraction, cut from train unless the source has a val beside its test.
     subset: fraction of the remaining training images to keep. All cuts keep the class shares.
     seed: fixes all cuts. image_size: side in pixels, for folder:PATH, imagenette, generated sets.
+    shortcut: of generated sets, see generate.
     Raises ValueError for bad arguments, DataError for missing or damaged data.
     """
     check("load_data", _KINDS, dict(zip(_KINDS, (name, val_size, subset, seed, image_size))))
     device = resolve_device(device)
-    source, classes, splits = read(name, image_size=image_size)
+    source, classes, splits = read(name, image_size=image_size, shortcut=shortcut)
     if "val" not in splits:
         splits["train"], splits["val"] = _cut(splits["train"], val_size, seed, "val_size")
     if subset < 1:

@@ -36,10 +36,10 @@ KNOWN = {
 EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 
 
-def read(name: str, *, image_size: int | None = None) -> Raw:
+def read(name: str, *, image_size: int | None = None, shortcut: float | None = None) -> Raw:
     """Find a data set by name: embedded, an npz file, torchvision's files, torchvision's download.
 
-    image_size: as for load_data; by default 64 for folder:PATH and 128 for imagenette.
+    image_size, shortcut: as for load_data; by default 64 for folder:PATH and 128 for imagenette.
     """
     npz = data_dir() / f"{name}.npz"
     if name in EMBEDDED:
@@ -59,8 +59,12 @@ def read(name: str, *, image_size: int | None = None) -> Raw:
     if image_size is not None and not sized:
         hint = f"Leave it out; it is for imagenette, {', '.join(SETS)} and folder:PATH."
         raise ValueError(f"load_data: image_size = {image_size} has no effect on {name!r}. {hint}")
+    if shortcut is not None and load is not _generated:
+        hint = f"Leave it out; it is for {', '.join(SETS)}."
+        raise ValueError(f"load_data: shortcut = {shortcut} has no effect on {name!r}. {hint}")
+    options = {} if shortcut is None else {"shortcut": shortcut}
     try:
-        return load(name, image_size)
+        return load(name, image_size, **options)
     except OSError as error:  # a folder that nobody may read, a path that is too long
         raise DataError(f"load_data: {name!r} cannot be read ({first_line(error)}).") from error
 
@@ -75,20 +79,11 @@ def _digits(name: str, _) -> Raw:
     return "scikit-learn load_digits", tuple("0123456789"), {"train": cut[::2], "test": cut[1::2]}
 
 
-def _generated(name: str, size: int | None) -> Raw:
+def _generated(name: str, size: int | None, shortcut: float = 0.1) -> Raw:
     spec, splits = SETS[name], {}
-    factor, rest = divmod(spec.side, size or spec.side)
-    if rest:
-        pixels = f"the {spec.side} pixels of {name}"
-        raise ValueError(f"load_data: image_size = {size} is no divisor of {pixels}.")
     for seed, (split, count) in enumerate({"train": spec.train, "test": spec.test}.items()):
-        scenes, area = generate(name, count, seed), factor**2
-        images = scenes.images
-        if factor > 1:
-            squares = images.reshape(count, 3, size, factor, size, factor)
-            # In whole numbers, halves up, so that the bytes are the same on every machine.
-            images = ((squares.sum((3, 5), np.uint32) + area // 2) // area).astype(np.uint8)
-        splits[split] = images, scenes.labels
+        scenes = generate(name, count, seed, shortcut=shortcut, image_size=size)
+        splits[split] = scenes.images, scenes.labels
     return "labutils.synthetic", scenes.classes, splits
 
 

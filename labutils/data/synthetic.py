@@ -51,10 +51,17 @@ CLUTTER, OCCLUDERS = 3, 2  # things behind the object, and in front of it
 Agreement = Literal["kept", "removed", "reversed"]
 _KINDS = {"name": Literal[*SETS], "count": PositiveInt, "seed": Seed}
 _KINDS |= {"shortcut": Annotated[float, Field(ge=0, le=1)], "agreement": Agreement}
+_KINDS |= {"image_size": PositiveInt | None}
 
 
 def generate(
-    name: str, count: int, seed: int = 0, *, shortcut: float = 0.1, agreement: Agreement = "kept"
+    name: str,
+    count: int,
+    seed: int = 0,
+    *,
+    shortcut: float = 0.1,
+    agreement: Agreement = "kept",
+    image_size: int | None = None,
 ) -> Scenes:
     """Draw images of a generated data set; image i shows class i modulo the number of classes.
 
@@ -63,10 +70,16 @@ def generate(
     shortcut: the probability that the background is that of the object's shape; 0.1: independent.
     agreement: what became of the shortcut: kept, removed (background independent of the shape) or
         reversed (always that of another shape). Nothing else changes.
+    image_size: shrink to this side in pixels, a divisor of the data set's, else ValueError.
     """
-    check("generate", _KINDS, dict(zip(_KINDS, (name, count, seed, shortcut, agreement))))
+    given = name, count, seed, shortcut, agreement, image_size
+    check("generate", _KINDS, dict(zip(_KINDS, given)))
     share = {"kept": shortcut, "removed": 0.1, "reversed": 0.0}[agreement]
     spec, classes = SETS[name], tuple(SHAPES)
+    factor, rest = divmod(spec.side, image_size or spec.side)
+    if rest or not factor:
+        pixels = f"the {spec.side} pixels of {name}"
+        raise ValueError(f"generate: image_size = {image_size} is no divisor of {pixels}.")
     if spec.textured:
         classes = tuple(f"{shape}, {texture}" for shape in SHAPES for texture in TEXTURES)
     labels = np.arange(count, dtype=np.int64) % len(classes)
@@ -75,7 +88,19 @@ def generate(
         rng = np.random.Generator(np.random.PCG64([seed, start, *name.encode()]))
         blocks.append(_draw(spec, np.arange(start, start + at_once) % len(classes), share, rng))
     images, masks, backgrounds = (np.concatenate(parts)[:count] for parts in zip(*blocks))
+    if factor > 1:
+        # In whole numbers, halves up, so that the bytes are the same on every machine.
+        area = factor**2
+        images = ((_sums(images, factor) + area // 2) // area).astype(np.uint8)
+        masks = 2 * _sums(masks, factor) >= area
     return Scenes(images, labels, masks, backgrounds, classes)
+
+
+def _sums(values: np.ndarray, factor: int) -> np.ndarray:
+    """[..., H, W] to the sums of squares of factor x factor: uint32 [..., H/factor, W/factor]."""
+    *others, height, width = values.shape
+    squares = values.reshape(*others, height // factor, factor, width // factor, factor)
+    return squares.sum((-3, -1), np.uint32)
 
 
 def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator):

@@ -652,7 +652,7 @@ def cached(tree):
 
 
 def test_a_folder_is_decoded_once(cached, monkeypatch):
-    monkeypatch.setattr(folder, "_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(folder, "decode", lambda *_: pytest.fail("decoded again"))
     raw = read(cached[0], image_size=8)
     assert (raw.train[0] == 50).all()
     assert (raw.test[0] == 60).all()
@@ -737,6 +737,23 @@ def test_a_size_that_generated_images_cannot_shrink_to_is_refused(size):
     wanted = f"image_size = {size} is no divisor of the 32 pixels of shapes10"
     with pytest.raises(ValueError, match=wanted):
         read("shapes10", image_size=size)
+
+
+def test_a_shortcut_is_planted_in_train_and_test(monkeypatch):
+    spec = synthetic.SETS["scenes10"]._replace(train=40, test=20)
+    monkeypatch.setitem(synthetic.SETS, "scenes10", spec)
+    data = lab.load_data("scenes10", shortcut=1.0, image_size=48, val_size=20, device="cpu")
+    for split, seed, count in (([data.train, data.val], 0, 40), ([data.test], 1, 20)):
+        drawn = synthetic.generate("scenes10", count, seed, shortcut=1.0, image_size=48)
+        images = torch.cat([each.images for each in split]).numpy()
+        assert {i.tobytes() for i in images} == {i.tobytes() for i in drawn.images}
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "other", "folder:somewhere"])
+def test_a_shortcut_is_refused_where_it_has_no_effect(name, write_npz):
+    write_npz("other")
+    with pytest.raises(ValueError, match=f"shortcut = 0.5 has no effect on '{name}'"):
+        lab.load_data(name, shortcut=0.5)
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "other"])

@@ -210,6 +210,15 @@ def test_nothing_but_the_background_changes_with_the_agreement(worlds):
     assert not changed[middle].any()
 
 
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_mask_shrinks_to_where_the_object_fills_half_of_a_pixel_or_more(factor):
+    whole, small = (generate("scenes10", 12, image_size=size) for size in (None, 96 // factor))
+    blocks = whole.masks.reshape(12, 96 // factor, factor, 96 // factor, factor)
+    np.testing.assert_array_equal(small.masks, blocks.mean((2, 4)) >= 0.5)
+    assert small.masks.dtype == bool
+    assert small.images.shape == (12, 3, 96 // factor, 96 // factor)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "problem"),
     [
