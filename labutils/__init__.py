@@ -21,9 +21,10 @@ _EXPORTS = {
     "models.fastnet": ["FastNet"],
     "evaluation.metrics": ["Metrics", "calibration_bins", "evaluate", "predict"],
     "evaluation.diagnostics": ["activation_stats", "gradient_norms", "summary", "training_flops"],
-    "training.runs": ["Run", "RunError", "publish"],
+    "training.runs": ["Run", "RunError", "load_run", "publish"],
     "training.loop": ["train"],
-    "methods.cam": ["class_activation_map", "explain", "save_cam_visualization"],
+    "methods.cam": ["class_activation_map", "explain"],
+    "methods.pictures": ["save_cam_visualization"],
     "notebook.claims": ["Claims", "Score", "mean_std", "tabulate"],
     "notebook.experiment": ["Experiment", "start"],
 }

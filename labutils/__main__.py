@@ -1,4 +1,4 @@
-"""The command line: python -m labutils run | sweep | data | results."""
+"""The command line: python -m labutils run | sweep | data | cam | results."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def commands() -> None:
-    """Run notebooks, look after data, collect results."""
+    """Run notebooks, look after data, explain an image, collect results."""
 
 
 @commands.command(params=[*SHARED])
@@ -125,6 +125,29 @@ def data(names) -> None:
         print(f"Looked for in {data_dir()}. `python -m labutils data NAME` fetches and checks one.")
     for name in names:
         print(load_data(name, device="cpu"), flush=True)
+
+
+@commands.command()
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--model", default="1.3_cnn_seed0", show_default=True, help="Name of a finished run.")
+@click.option("--method", default="cam", show_default=True, help="Or gradcam, layercam, ...")
+@click.option("--layer", help="Where to look, for other methods than cam; default: the last stage.")
+@click.option("--class", "class_name", help="Whose evidence to show; default: the predicted one's.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: IMAGE-cam.png, here.")
+def cam(image, model, method, layer, class_name, out) -> None:
+    """Show where a published network finds its evidence in IMAGE, a file of your own.
+
+    \b
+    python -m labutils cam horse.jpg                                  the plain map of a CNN
+    python -m labutils cam horse.jpg --class deer                     what speaks for another class
+    python -m labutils cam horse.jpg --model 1.3_fastnet_seed0 --method gradcam
+    """
+    from .methods.pictures import explain_file
+    from .training.runs import load_run
+
+    out = out or Path(f"{image.stem}-cam.png")
+    options = {"method": method, "layer": layer, "class_name": class_name}
+    print(f"{explain_file(load_run(model), image, out, **options)}\n{out}")
 
 
 @commands.command()

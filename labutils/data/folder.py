@@ -73,7 +73,7 @@ def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
     with suppress(Exception), np.load(cache, allow_pickle=False) as stored:
         return stored["images"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = np.stack(list(pool.map(lambda file: _decode(file, size), files)))
+        images = np.stack(list(pool.map(lambda file: decode(file, size), files)))
     with suppress(OSError, NotImplementedError):  # then it is decoded anew next time
         cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cache.parent / ".lock", timeout=600):
@@ -85,8 +85,11 @@ def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
     return images
 
 
-def _decode(path: Path, size: int) -> np.ndarray:
-    """One image file of any mode (of an animation, the first frame) as uint8 [3, size, size]."""
+def decode(path: Path, size: int) -> np.ndarray:
+    """One image file of any mode (of an animation, the first frame) as uint8 [3, size, size].
+
+    The centre of a longer side is cut out. Raises DataError if it cannot be decoded.
+    """
     from PIL import Image, ImageOps
 
     try:
@@ -104,4 +107,4 @@ def _decode(path: Path, size: int) -> np.ndarray:
             return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:  # Pillow, too, reports damage as almost any exception
         problem = f"{path} cannot be decoded ({first_line(error)}). Replace or remove the file"
-        raise DataError(f"load_data: {problem}. Read are {', '.join(FORMATS)}.") from error
+        raise DataError(f"{problem}. Read are {', '.join(FORMATS)}.") from error

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from ..base.files import atomic_write
 from ..base.settings import suggestion
 from ..models.convnets import ConvNet
 from ..models.registry import in_mode
@@ -127,50 +124,6 @@ def explain(
             cam.activations_and_grads.release()
             del cam.get_cam_image
     return _explanation(raws, logits, wanted, images)
-
-
-def save_cam_visualization(
-    folder: str | Path,
-    images: Tensor,
-    explanation: Explanation,
-    labels: Tensor,
-    classes: Sequence[str],
-    *,
-    per_class: int = 3,
-    seed: int = 0,
-) -> list[Path]:
-    """Write image, map and overlay side by side to FOLDER/CLASS/INDEX.png; returns the files.
-
-    images: uint8 [N, C, H, W], as they are explained. labels: int64 [N]; classes: their names.
-    Of every class `per_class` images, drawn by the seed, among them a mistake if there is one.
-    Raises ValueError for sizes that do not fit each other, OSError for a folder that cannot be
-    written.
-    """
-    from .. import plots
-
-    counts = {len(images), len(explanation.raw), len(labels)}
-    if len(counts) > 1 or images.dtype != torch.uint8:
-        found = f"{len(images)} images of {images.dtype}, {len(explanation.raw)} maps"
-        problem = f"{found}, {len(labels)} labels"
-        raise ValueError(f"save_cam_visualization: {problem}. Give uint8 images, as many of each.")
-    written, maps, order = [], explanation.maps.cpu(), torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(images), generator=order).tolist()
-    labels, predicted = labels.tolist(), explanation.predicted.tolist()
-    for number, name in enumerate(classes):
-        of_class = [i for i in shuffled if labels[i] == number]
-        wrong = [i for i in of_class if predicted[i] != number][:1]
-        chosen = (wrong + [i for i in of_class if i not in wrong])[:per_class]
-        for i in sorted(chosen):
-            said = f"{classes[predicted[i]]}, {100 * float(explanation.confidence[i]):.0f} % sure"
-            title = f"True class: {name}. Predicted: {said}"
-            if (shown := int(explanation.classes[i])) != predicted[i]:
-                title += f". Evidence for {classes[shown]}"
-            path = Path(folder) / re.sub(r"[^\w-]+", "_", name) / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                plots.explained(images[i].cpu(), maps[i], title=title).savefig(file, format="png")
-            written.append(path)
-    return written
 
 
 def _wanted(class_idx: int | Tensor | None, count: int, num_classes: int) -> Tensor:

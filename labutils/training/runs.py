@@ -19,9 +19,10 @@ from filelock import FileLock
 from torch import nn
 
 from ..base.files import models_dir, runs_dir
-from ..base.settings import first_line
+from ..base.settings import first_line, suggestion
 from ..data.tensors import ImageData
 from ..evaluation import metrics
+from ..models.registry import build
 from . import cards
 from .cards import RunError, load_weights, save_weights
 from .watch import warn
@@ -141,6 +142,31 @@ def find(key: str, model: nn.Module) -> Run | None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"the stored run {path} is damaged ({type(error).__name__}: {error})"
         raise RunError(f"{problem}. Remove it, or train with retrain=True.") from error
+    return run
+
+
+def load_run(name: str) -> Run:
+    """A finished run by its name, with its network on the CPU: a published one, or one stored here.
+
+    name: that of the run, with its key where two have the same name.
+    Raises RunError if none or several have it, if only its card is published, or it is damaged.
+    """
+    stored = {path.parent.name: path for path in runs_dir().glob("*/card.json")}
+    stored |= {path.stem: path for path in models_dir().glob("*.json")}
+    names = {home: (home, home.rpartition("-")[0]) for home in stored}
+    fits = sorted(home for home in stored if name in names[home])
+    if len(fits) != 1:
+        known = [each for both in names.values() for each in both]
+        hint = f"{suggestion(name, known)} They are in {models_dir()} and {runs_dir()}."
+        found = f"Give one of {', '.join(fits)}." if fits else f"There is no such run.{hint}"
+        raise RunError(f"load_run: name = {name!r}. {found}")
+    try:
+        card = cards.read(stored[fits[0]])
+        run = find(card["key"], build(card["info"]["model"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        problem = f"{stored[fits[0]]} cannot be used ({first_line(error)})"
+        raise RunError(f"load_run: {problem}. Run its notebook again.") from error
+    run.require_model()
     return run
 
 

@@ -23,6 +23,7 @@ from labutils.training.runs import (
     RunError,
     find,
     finish,
+    load_run,
     load_weights,
     open_part,
     publish,
@@ -545,3 +546,41 @@ def test_a_history_is_a_table_that_keeps_every_bit(run):
     assert list(frame.columns) == ["loss", "lr"]
     run.rows = []
     assert len(run.history) == 0
+
+
+def test_a_run_is_loaded_by_its_name_with_its_network(run, data):
+    for name in (run.name, f"{run.name}-{run.key}"):
+        found = load_run(name)
+        assert (found.key, found.stored) == (run.key, True)
+        assert same_weights(found.require_model(), run.model)
+        assert found.test(data).accuracy == run.test(data).accuracy
+
+
+def test_a_published_run_is_loaded_when_the_runs_folder_is_gone(run, data):
+    publish(run, weights=True, command="make it")
+    shutil.rmtree(run.path)
+    assert same_weights(load_run(run.name).require_model(), run.model)
+
+
+def test_a_name_that_is_not_one_runs_is_refused(run, data):
+    with pytest.raises(RunError, match=r"name = 'rum'. There is no such run. Did you mean 'run'"):
+        load_run("rum")
+    other = train(data, lab.TrainConfig(epochs=1, batch_size=16))
+    both = sorted([f"run-{run.key}", f"run-{other.key}"])
+    with pytest.raises(RunError, match=rf"name = 'run'\. Give one of {both[0]}, {both[1]}\."):
+        load_run("run")
+    assert load_run(f"run-{other.key}").key == other.key
+
+
+def test_a_card_without_weights_cannot_be_loaded(run):
+    publish(run, weights=False, command="make it")
+    shutil.rmtree(run.path)
+    with pytest.raises(RunError, match="only the card of this run is published"):
+        load_run(run.name)
+
+
+def test_a_run_that_does_not_say_what_network_it_is_cannot_be_loaded(run):
+    card = cards.read(run.path / "card.json")
+    (run.path / "card.json").write_text(json.dumps(card).replace('"MLP"', '"MLQ"'))
+    with pytest.raises(RunError, match=r"load_run: .*card\.json cannot be used .*digest"):
+        load_run(run.name)
