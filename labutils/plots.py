@@ -84,15 +84,20 @@ def _log_ticks(axis) -> None:
 
 
 @_styled
-def image_grid(images, captions: Sequence[str], *, title: str, columns: int = 10) -> Figure:
-    """Images, uint8 [N, C, H, W] with C of 1 or 3, each with a caption above it."""
+def image_grid(
+    images, captions: Sequence[str], *, title: str, columns: int = 10, maps=None
+) -> Figure:
+    """Images, uint8 [N, C, H, W] with C of 1 or 3, captions above; maps, [N, H, W], laid over."""
     rows, size = max(1, -(-len(images) // columns)), 9.0 / columns
     longest = max(map(len, "\n".join(captions).split("\n")))
     lines = 1 + max((caption.count("\n") for caption in captions), default=0)
     figure, axes = _figure(title, 9.0, 0.45 + rows * (size + 0.17 * lines), rows, columns)
     plt.setp(axes, frame_on=False, xticks=[], yticks=[])
-    for axis, image, caption in zip(axes, np.asarray(images), captions):
+    heats = [None] * len(images) if maps is None else np.asarray(maps)
+    for axis, image, caption, heat in zip(axes, np.asarray(images), captions, heats):
         axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+        if heat is not None:
+            axis.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.5)
         axis.set_title(caption, fontsize=min(8.0, 130 * size / max(1, longest)))
     return figure
 

@@ -395,3 +395,15 @@ def test_the_same_numbers_give_the_same_file():
     for file in files:
         draw("lines").savefig(file, metadata={"Software": None})
     assert files[0].getvalue() == files[1].getvalue()
+
+
+def test_maps_are_laid_over_their_images():
+    images = np.zeros((2, 3, 4, 4), np.uint8)
+    maps = np.stack([np.eye(4), np.ones((4, 4))])
+    figure = plots.image_grid(images, ["a", "b"], title="T", columns=2, maps=maps)
+    for axis, expected in zip(figure.axes, maps):
+        below, above = axis.images
+        assert below.get_array().shape == (4, 4, 3)
+        np.testing.assert_array_equal(above.get_array(), expected)
+        assert (above.get_alpha(), above.get_clim()) == (0.5, (0, 1))
+    plt.close(figure)

@@ -68,6 +68,12 @@ def localisation(maps: Tensor, masks: Tensor) -> pd.DataFrame:
     return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
 
 
+def grow(masks: Tensor, pixels: int) -> Tensor:
+    """Masks, bool [N, H, W], with all that lies within so many pixels of them, diagonally too."""
+    near = F.max_pool2d(masks[:, None].float(), 2 * pixels + 1, stride=1, padding=pixels)
+    return near[:, 0].bool()
+
+
 def mosaics(images: Tensor) -> Tensor:
     """Four images [4 n, C, H, W] each in the quadrants of one: [n, C, 2 H, 2 W], row by row."""
     rows = images.unflatten(0, (-1, 2, 2))  # [n, down, right, C, H, W]

@@ -51,6 +51,17 @@ def test_the_mean_of_the_raw_map_and_the_bias_are_the_logit(kind, class_idx):
     torch.testing.assert_close(found.confidence, logits.softmax(1).amax(1))
 
 
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_the_raw_map_is_that_of_torch_cam(kind):
+    from torchcam.methods import CAM
+
+    model, images = make(kind).eval(), some_images(9)
+    with CAM(model, [*model.stages.values()][-1], fc_layer=model.head) as cam:
+        logits = model(images)
+        (theirs,) = cam(2, logits, normalized=False)
+    torch.testing.assert_close(lab.class_activation_map(model, images, 2).raw, theirs)
+
+
 def test_raw_maps_are_signed():
     model, images = make(), some_images()
     everything = torch.cat([lab.class_activation_map(model, images, k).raw for k in range(5)])

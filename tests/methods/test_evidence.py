@@ -186,3 +186,14 @@ def test_maps_that_do_not_depend_on_the_weights_are_caught():
     model, images = lab.CNN((3, 8, 8), 4, widths=[4]), torch.rand(5, 3, 8, 8)
     found = evidence.randomisation(model, lambda network: images.mean(1))
     assert found.to_numpy() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("pixels", [0, 1, 3])
+def test_a_mask_grows_as_by_scipys_dilation(pixels):
+    from scipy.ndimage import binary_dilation
+
+    masks = torch.rand(4, 11, 13, generator=torch.Generator().manual_seed(0)) > 0.97
+    around = np.ones((1, 2 * pixels + 1, 2 * pixels + 1), dtype=bool)
+    found = evidence.grow(masks, pixels)
+    assert found.dtype == torch.bool
+    np.testing.assert_array_equal(found.numpy(), binary_dilation(masks.numpy(), around))
