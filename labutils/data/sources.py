@@ -39,7 +39,8 @@ EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
 def read(name: str, *, image_size: int | None = None, shortcut: float | None = None) -> Raw:
     """Find a data set by name: embedded, an npz file, torchvision's files, torchvision's download.
 
-    image_size, shortcut: as for load_data; by default 64 for folder:PATH and 128 for imagenette.
+    shortcut, image_size: as for load_data; the size is by default 64 for folder:PATH, 128 for
+    imagenette.
     """
     npz = data_dir() / f"{name}.npz"
     if name in EMBEDDED:
@@ -79,10 +80,10 @@ def _digits(name: str, _) -> Raw:
     return "scikit-learn load_digits", tuple("0123456789"), {"train": cut[::2], "test": cut[1::2]}
 
 
-def _generated(name: str, size: int | None, shortcut: float = 0.1) -> Raw:
+def _generated(name: str, size: int | None, **options: float) -> Raw:
     spec, splits = SETS[name], {}
     for seed, (split, count) in enumerate({"train": spec.train, "test": spec.test}.items()):
-        scenes = generate(name, count, seed, shortcut=shortcut, image_size=size)
+        scenes = generate(name, count, seed, image_size=size, **options)
         splits[split] = scenes.images, scenes.labels
     return "labutils.synthetic", scenes.classes, splits
 

@@ -77,7 +77,7 @@ def generate(
     share = {"kept": shortcut, "removed": 0.1, "reversed": 0.0}[agreement]
     spec, classes = SETS[name], tuple(SHAPES)
     factor, rest = divmod(spec.side, image_size or spec.side)
-    if rest or not factor:
+    if rest:
         pixels = f"the {spec.side} pixels of {name}"
         raise ValueError(f"generate: image_size = {image_size} is no divisor of {pixels}.")
     if spec.textured:

@@ -110,6 +110,5 @@ def _said(explanation: Explanation, classes: Sequence[str], i: int) -> str:
 
 
 def _save(path: Path, image, heat: Tensor, title: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         plots.explained(image, heat, title=title).savefig(file, format="png")

@@ -114,9 +114,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         groups = [{"params": hidden, "hidden": True, "share": 1.0}]
         vectors = [p for p in free if p.ndim < 2]
         for params, lr in ((vectors, config.bias_lr), (head, config.head_lr)):
-            decay = config.weight_decay * config.lr / lr
-            rest = {"params": params, "share": lr / config.lr, "weight_decay": decay}
-            groups += [rest | {"hidden": False}]
+            decay, share = config.weight_decay * config.lr / lr, lr / config.lr
+            rest = {"params": params, "hidden": False, "share": share, "weight_decay": decay}
+            groups.append(rest)
         return Muon(groups, **common, momentum=0.85, nesterov=True)
     momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
     return kinds[config.optimizer]([{"params": free, "share": 1.0}], **common, **momentum)

@@ -124,12 +124,6 @@ def test_a_grey_image_is_shown_to_a_network_for_colours(run, tmp_path, capsys):
     assert cli.main(["cam", str(tmp_path / "grey.png"), *arguments]) == 0
 
 
-def forget_classes(run):
-    card = cards.read(run.path / "card.json")
-    del card["info"]["data"]["classes"]
-    cards.write(run.path / "card.json", card)
-
-
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [
@@ -159,6 +153,8 @@ def test_a_corrupt_file_is_named(run, tmp_path, capsys):
 
 
 def test_a_card_that_does_not_tell_its_classes_says_what_to_do(run, photo, capsys):
-    forget_classes(run)
+    card = cards.read(run.path / "card.json")
+    del card["info"]["data"]["classes"]
+    cards.write(run.path / "card.json", card)
     assert cli.main(["cam", str(photo), "--model", run.name]) == 1
     assert "Train it with retrain=True" in capsys.readouterr().err
