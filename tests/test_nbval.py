@@ -286,7 +286,13 @@ def test_side_by_side_a_notebook_keeps_its_order_and_its_kernel(tmp_path):
 
 
 def test_the_notebooks_are_all_here():
-    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == ["1.1", "1.2", "1.3", "2.3"]
+    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == [
+        "1.1",
+        "1.2",
+        "1.3",
+        "2.1",
+        "2.3",
+    ]
 
 
 @pytest.mark.parametrize(

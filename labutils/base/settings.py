@@ -97,6 +97,7 @@ class TrainConfig:
     lr: PositiveFloat = 1e-3  # learning rate at its highest point
     bias_lr: PositiveFloat = 0.1  # the same for what muon leaves to sgd: all vectors, and
     head_lr: PositiveFloat = 0.1  # the weights of the last layer
+    stage_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of lr, for each stage further below
     weight_decay: NonNegativeFloat = 0.0  # decoupled for adamw and beside muon, else an L2 term
     schedule: Literal["constant", "onecycle", "linear"] = "constant"
     label_smoothing: Fraction = 0.0  # Szegedy et al. 2016, https://arxiv.org/abs/1512.00567

@@ -39,6 +39,15 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.pool(self.features(images)))
 
+    def train(self, mode: bool = True) -> "ConvNet":
+        """As in torch; but a stage that is frozen as a whole stays in evaluation mode."""
+        super().train(mode)
+        for stage in self.stages.values():
+            trained = [parameter.requires_grad for parameter in stage.parameters()]
+            if trained and not any(trained):
+                stage.eval()
+        return self
+
 
 @register
 class SimpleCNN(ConvNet):

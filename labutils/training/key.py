@@ -34,8 +34,18 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     return {k: value for k, value in values.items() if value or k in kind.__dataclass_fields__}
 
 
+def remember_origin(model: nn.Module, key: str, *, new_head: bool = False) -> None:
+    """Its weights, but for a new head, are those of the run with this key: identify says so.
+
+    Only as long as they are what they are now. Unlike a digest, which knows the weights of one
+    machine, the key of the run also finds what went on from its published weights, in float16.
+    """
+    model.origin = key, new_head, _digest(model.state_dict())
+
+
 def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
-    """The model's spec, and where its weights come from: 'seed', or a digest of what differs.
+    """The model's spec, and where its weights come from: 'seed', 'from run KEY', or a digest of
+    what differs from the seed's.
 
     Not always a digest: random numbers differ in the last bit between machines. A network of your
     own, or with a part that its spec does not build (a hook), gets a random number and a warning.
@@ -50,14 +60,40 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     if odd is not None:
         warn(f"{kind.__name__} is trained anew each time: no key can tell what {odd!r} computes")
         return spec, secrets.token_hex(6)
+    if origin := _origin(model, fresh):
+        return spec, origin
     changes, drawn = [_frozen(model)], fresh.state_dict()
     for name, value in model.state_dict().items():
         value, initial = value.cpu(), drawn[name].cpu()
         if value.dtype != initial.dtype or not value.equal(initial):
-            changes.append(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            changes.append(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            changes += _written(name, value)
     as_drawn = changes == [_frozen(fresh)]
     return spec, "seed" if as_drawn else hashlib.sha256(b"".join(changes)).hexdigest()[:12]
+
+
+def _origin(model: nn.Module, fresh: nn.Module) -> str | None:
+    """The run that the weights come from, the head if it is not the run's, what is frozen."""
+    key, new_head, weights = getattr(model, "origin", None) or ("", False, None)
+    if weights != _digest(state := model.state_dict()):
+        return None  # none, or the weights have been changed since
+    parts = [f"from run {key}"]
+    if new_head:
+        head = {name: value for name, value in state.items() if name.startswith("head.")}
+        drawn = all(value.cpu().equal(fresh.state_dict()[name]) for name, value in head.items())
+        parts.append("head drawn anew" if drawn else f"head {_digest(head)}")
+    if _frozen(model) != _frozen(fresh):
+        parts.append(_frozen(model).decode().replace(" is frozen", " ").strip() + " frozen")
+    return ", ".join(parts)
+
+
+def _digest(state: dict[str, torch.Tensor]) -> str:
+    pieces = [piece for name, value in state.items() for piece in _written(name, value.cpu())]
+    return hashlib.sha256(b"".join(pieces)).hexdigest()[:12]
+
+
+def _written(name: str, value: torch.Tensor) -> list[bytes]:
+    numbers = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return [f"{name}{tuple(value.shape)}{value.dtype}".encode(), numbers]
 
 
 def _frozen(model):
@@ -80,8 +116,9 @@ def _odd_part(model: nn.Module, fresh: nn.Module) -> str | None:
 
 
 def _facts(part: nn.Module) -> dict[str, str]:
-    """What a module is, but for its weights and its mode: its kind, its attributes, its hooks."""
+    """What a module is, but for its weights, origin and mode: kind, attributes, hooks."""
     facts = vars(part) | {"kind": type(part), "training": None, "_compiled_call_impl": None}
+    facts["origin"] = None
     for name in ("_parameters", "_buffers", "_modules"):
         facts[name] = {key: held is None for key, held in facts[name].items()}
     return {name: repr(value) for name, value in facts.items()}

@@ -102,8 +102,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     sgd is with Nesterov momentum 0.9. muon, see below, is for the weights of all layers but the
     last, and decays none. SGD with Nesterov momentum 0.85 takes the last layer's, at head_lr, and
     all vectors, at bias_lr; lr * weight_decay is what a step takes of either.
-    Each group has a `share`: its learning rate as a fraction of the schedule's. Raises ValueError
-    as hidden_weights does.
+    Each group has a `share`: its learning rate as a fraction of the schedule's. With a stage_decay,
+    that of a stage is multiplied by it for each stage between it and the head (Howard and Ruder
+    2018, https://arxiv.org/abs/1801.06146). Raises ValueError as hidden_weights does, and for a
+    stage_decay of a network without stages.
     """
     free = [p for p in model.parameters() if p.requires_grad]
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -117,9 +119,30 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             decay, share = config.weight_decay * config.lr / lr, lr / config.lr
             rest = {"params": params, "hidden": False, "share": share, "weight_decay": decay}
             groups.append(rest)
-        return Muon(groups, **common, momentum=0.85, nesterov=True)
+        return Muon(_by_stage(model, config, groups), **common, momentum=0.85, nesterov=True)
     momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
-    return kinds[config.optimizer]([{"params": free, "share": 1.0}], **common, **momentum)
+    groups = _by_stage(model, config, [{"params": free, "share": 1.0}])
+    return kinds[config.optimizer](groups, **common, **momentum)
+
+
+def _by_stage(model: nn.Module, config: TrainConfig, groups: list[dict]) -> list[dict]:
+    """Groups of parameters, each split by the shares that config.stage_decay leaves its stages."""
+    decay = config.stage_decay
+    if decay == 1:
+        return groups
+    if not isinstance(stages := getattr(model, "stages", None), nn.ModuleDict):
+        problem = f"train: stage_decay = {decay}, but {type(model).__name__} has no stages"
+        raise ValueError(f"{problem}. Leave it at 1, or take a ConvNet.")
+    factors = {}
+    for distance, stage in enumerate(reversed(stages.values())):
+        factors |= dict.fromkeys(stage.parameters(), decay**distance)
+    split = []
+    for group in groups:
+        of_group = [factors.get(parameter, 1.0) for parameter in group["params"]]
+        for factor in sorted(set(of_group), reverse=True):
+            params = [p for p, own in zip(group["params"], of_group) if own == factor]
+            split.append(group | {"params": params, "share": factor * group["share"]})
+    return split
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:

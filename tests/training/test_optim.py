@@ -197,6 +197,28 @@ def test_frozen_parameters_are_not_given_to_the_optimizer():
     assert [id(p) for p in group["params"]] == [id(p) for p in model[-1].parameters()]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+def test_with_stage_decay_each_stage_below_has_a_lower_rate(optimizer):
+    model = lab.FastNet((3, 16, 16), 4, widths=[4, 4, 4])
+    plain = make_optimizer(model, lab.TrainConfig(optimizer=optimizer)).param_groups
+    config = lab.TrainConfig(optimizer=optimizer, stage_decay=0.5)
+    shares = {
+        p: g["share"] for g in make_optimizer(model, config).param_groups for p in g["params"]
+    }
+    factors = {"head": 1, "stage3": 1, "stage2": 0.5, "stage1": 0.25, "whiten": 0.125}
+    for group in plain:
+        for parameter in group["params"]:
+            name = next(n for n, p in model.named_parameters() if p is parameter)
+            factor = next(factor for part, factor in factors.items() if part in name)
+            assert shares.pop(parameter) == pytest.approx(factor * group["share"])
+    assert not shares
+
+
+def test_stage_decay_needs_stages():
+    with pytest.raises(ValueError, match=r"stage_decay = 0\.5, but MLP has no stages"):
+        make_optimizer(lab.MLP(4, [5], 3), lab.TrainConfig(stage_decay=0.5))
+
+
 @settings(max_examples=30)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
 def test_orthogonalise_changes_the_singular_values_by_its_polynomial_alone(rows, columns, seed):

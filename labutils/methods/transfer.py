@@ -1,0 +1,130 @@
+"""What a trained network is worth for other classes: its features, a new head, frozen stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..base.settings import suggestion
+from ..data.tensors import Split
+from ..models import registry
+from ..models.convnets import ConvNet
+from ..models.registry import in_mode
+from ..training.cards import RunError, load_weights
+from ..training.key import remember_origin
+from ..training.runs import Run
+
+
+@torch.inference_mode()
+def features(
+    model: ConvNet,
+    split: Split,
+    stages: Sequence[str] | None = None,
+    *,
+    grid: int = 1,
+    batch_size: int = 256,
+) -> dict[str, Tensor]:
+    """What stages make of the images of a split, from one pass through the network.
+
+    stages: their names, all by default. grid: maps are averaged over grid x grid parts of the
+        image. Returns stage -> float32 [N, channels * grid**2], on the CPU; the model's mode is
+        kept. Raises ValueError for an unknown stage, a grid below 1 or an empty split.
+    """
+    wanted = list(model.stages) if stages is None else list(stages)
+    for name in wanted:
+        _place(model, name, "features: stage")
+    if grid < 1 or not len(split):
+        raise ValueError(f"features: grid = {grid}, {len(split)} images. Give at least 1 of each.")
+    device, found = next(model.parameters()).device, {name: [] for name in wanted}
+    with in_mode(model, training=False):
+        for images, _ in split.batches(batch_size):
+            maps = images.to(device)
+            for name, stage in model.stages.items():
+                maps = stage(maps)
+                if name in found:
+                    pooled = F.adaptive_avg_pool2d(maps, grid) if maps.ndim == 4 else maps
+                    # A copy: the next stage may write over what it is given.
+                    found[name].append(pooled.flatten(1).float().cpu().clone())
+    return {name: torch.cat(batches) for name, batches in found.items()}
+
+
+def swap_head(source: Run | ConvNet, num_classes: int) -> ConvNet:
+    """The network of a run, or this one, with a new head: all else is copied bit for bit.
+
+    The head is the one of a network built under the current seed. What trains on from a run is
+    found again by that run's key, as long as its weights are not changed before.
+    Raises RunError for a run that is unfinished or whose weights are not stored, ValueError for a
+    network that no spec builds or whose tensors are not those of its spec.
+    """
+    spec, state = _weights(source)
+    network = registry.build(spec | {"num_classes": num_classes})
+    own = network.state_dict()
+    wrong = [
+        f"{name} {list(state[name].shape) if name in state else 'missing'}, not {list(t.shape)}"
+        for name, t in own.items()
+        if not name.startswith("head.") and (name not in state or state[name].shape != t.shape)
+    ]
+    wrong += [f"{name} is not in {spec['model']}" for name in state if name not in own]
+    if wrong:
+        problem = f"swap_head: the weights do not fit {spec}: {'; '.join(wrong[:3])}"
+        raise ValueError(f"{problem}. Give a network as its spec builds it.")
+    body = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    network.load_state_dict(own | body)
+    if isinstance(source, Run):
+        remember_origin(network, source.key, new_head=True)
+    return network
+
+
+def start_from(run: Run) -> ConvNet:
+    """The network of a run with all its weights, nothing frozen: to train on from it.
+
+    The run that does so is found again by the key of this one. Raises RunError as swap_head does.
+    """
+    spec, state = _weights(run)
+    network = registry.build(spec)
+    network.load_state_dict(state)
+    remember_origin(network, run.key)
+    return network
+
+
+def freeze(model: ConvNet, *, up_to: str) -> ConvNet:
+    """Keep all stages up to and with this one as they are, bit for bit; returns the model.
+
+    Their parameters require no gradient, and ConvNet.train leaves them in evaluation mode, so that
+    running statistics stay and nothing is dropped. Raises ValueError for an unknown stage, and for
+    'head', which would leave nothing to train.
+    """
+    if up_to == "head":
+        hint = f"Choose one of {', '.join(model.stages)}, so that the head is left"
+        raise ValueError(f"freeze: up_to = 'head' leaves nothing to train. {hint}.")
+    last = _place(model, up_to, "freeze: up_to")
+    for stage in [*model.stages.values()][: last + 1]:
+        stage.requires_grad_(False)
+    return model.train(model.training)
+
+
+def _place(model: ConvNet, stage: str, owner: str) -> int:
+    known = list(model.stages)
+    if stage not in known:
+        hint = f"{suggestion(stage, known)} Known: {', '.join(known)}."
+        raise ValueError(f"{owner} = {stage!r} is no stage of {type(model).__name__}.{hint}")
+    return known.index(stage)
+
+
+def _weights(source: Run | ConvNet) -> tuple[dict, dict[str, Tensor]]:
+    """Spec and tensors: of a run those that are stored, whatever became of its network since."""
+    if not isinstance(source, Run):
+        if not (isinstance(source, ConvNet) and hasattr(source, "spec")):
+            kind = type(source).__name__
+            raise ValueError(f"swap_head: source is {kind}. Give a run or a ConvNet of labutils.")
+        return source.spec, source.state_dict()
+    if source.stop_reason == "interrupted":
+        raise RunError(f"{source.name} is interrupted. Train it to the end, then start from it.")
+    source.require_model()
+    with torch.random.fork_rng(devices=()):
+        network = registry.build(source.info["model"])
+    load_weights(network, source.weights)
+    return source.info["model"], network.state_dict()

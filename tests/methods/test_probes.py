@@ -1,0 +1,65 @@
+"""Probes: the linear SVM against scikit-learn's own, choices made on val."""
+
+import numpy as np
+import pytest
+from sklearn.svm import LinearSVC
+
+import labutils as lab
+from labutils.methods.probes import LinearSVM
+
+
+def blobs(n, classes=4, seed=0, dims=6):
+    centres = np.random.default_rng(7).normal(size=(classes, dims))
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    return (centres[labels] + rng.normal(size=(n, dims))).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("C", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_svm_finds_the_minimum_of_sklearns(C, classes):
+    x, y = blobs(300, classes)
+    ours = LinearSVM(C, tol=1e-6, max_iter=2000).fit(x, y)
+    theirs = LinearSVC(C=C, tol=1e-8, max_iter=10_000).fit(x, y)
+    # For two classes, scikit-learn keeps the second's plane alone.
+    assert ours.coef_[-len(theirs.coef_) :] == pytest.approx(theirs.coef_, abs=1e-4)
+    assert ours.intercept_[-len(theirs.coef_) :] == pytest.approx(theirs.intercept_, abs=1e-4)
+    assert (ours.predict(x) == theirs.predict(x)).all()
+
+
+def test_labels_need_not_be_numbers_from_0_on():
+    x, y = blobs(100)
+    names = np.array(["a", "b", "x", "z"])[y]
+    assert (LinearSVM().fit(x, names).predict(x) == names).mean() > 0.6
+
+
+def test_one_class_is_none_to_tell_apart():
+    with pytest.raises(ValueError, match="labels are all"):
+        LinearSVM().fit(np.ones((3, 2)), np.zeros(3))
+
+
+@pytest.mark.parametrize("kind", ["svm", "knn", "bayes", "logistic"])
+def test_a_probe_takes_what_is_best_on_val_and_standardises_by_train(kind):
+    train, val = blobs(400), blobs(100, seed=1)
+    pipeline = lab.probe(kind, train, val)
+    assert pipeline.score(*val) > 0.6
+    scaled = lab.probe(kind, (1000 * train[0] + 5, train[1]), (1000 * val[0] + 5, val[1]))
+    assert (scaled.predict(1000 * val[0] + 5) == pipeline.predict(val[0])).mean() > 0.98
+    assert pipeline[0].mean_ == pytest.approx(train[0].mean(axis=0), abs=1e-5)
+
+
+def test_the_choice_is_made_on_val():
+    train = np.array([[0.0], [1.0], [1.1], [5.0]]), np.array([0, 1, 0, 1])
+    near, far = (np.array([[1.02]]), np.array([1])), (np.array([[0.5]]), np.array([0]))
+    assert lab.probe("knn", train, near, choices=[3, 1])[-1].n_neighbors == 1
+    assert lab.probe("knn", train, far, choices=[3, 1])[-1].n_neighbors == 3
+
+
+def test_odd_requests_are_refused():
+    train = blobs(20)
+    with pytest.raises(ValueError, match="kind = 'forest'"):
+        lab.probe("forest", train, train)
+    with pytest.raises(ValueError, match="Give values of C"):
+        lab.probe("svm", train, train, choices=[])
+    with pytest.raises(ValueError, match="neighbours at most 20"):
+        lab.probe("knn", train, train, choices=[21])

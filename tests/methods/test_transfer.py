@@ -1,0 +1,224 @@
+"""Transfer: what is frozen stays bit for bit, a run's key tells what it starts from."""
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import labutils as lab
+from labutils.training import runs
+from labutils.training.key import identify, recorded_key
+from labutils.training.runs import RunError
+
+CONFIG = lab.TrainConfig(epochs=2, batch_size=13, lr=0.05, ema=0.9)
+SETTINGS = {"track": None, "progress": False}
+NETWORKS = {
+    "CNN": lambda n=3: lab.CNN((1, 6, 6), n, widths=[4, 5]),
+    "FastNet": lambda n=3: lab.FastNet((1, 6, 6), n, widths=[4, 5]),
+    "FullyConvCNN": lambda n=3: lab.FullyConvCNN((1, 6, 6), n, layers=[4, 5]),
+}
+
+
+@pytest.fixture
+def data(write_npz):
+    write_npz()
+    return lab.load_data("tiny", val_size=12, device="cpu")
+
+
+@pytest.fixture
+def source(data):
+    return pretrained(data)
+
+
+def pretrained(data, kind="CNN", seed=0):
+    torch.manual_seed(seed)
+    return lab.train(NETWORKS[kind](), data, CONFIG, name=kind, **SETTINGS)
+
+
+def swapped(source, classes=3, seed=0):
+    torch.manual_seed(seed)
+    return lab.swap_head(source, classes)
+
+
+def same(one, other):
+    """Names of the tensors that are equal to the last bit."""
+    other = other.state_dict()
+    return {name for name, value in one.state_dict().items() if value.equal(other[name])}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_features_are_pooled_outputs_of_the_stages(kind, data):
+    model = NETWORKS[kind]().train()
+    found = lab.features(model, data.test, grid=2, batch_size=7)
+    assert list(found) == list(model.stages)
+    assert all(module.training for module in model.modules())
+    model.eval()
+    maps = data.test.normalise(data.test.images)
+    for name, stage in model.stages.items():
+        maps = stage(maps)
+        expected = F.adaptive_avg_pool2d(maps, 2).flatten(1)
+        torch.testing.assert_close(found[name], expected)
+    assert found[name].dtype == torch.float32
+    assert list(lab.features(model, data.test, ["stage1"])) == ["stage1"]
+
+
+def test_features_of_a_stage_without_maps_are_taken_as_they_are(data):
+    model = lab.SimpleCNN((1, 6, 6), 3, widths=[4])
+    assert lab.features(model, data.test, ["hidden"], grid=2)["hidden"].shape == (20, 256)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_new_head_is_the_only_change(kind, data):
+    source = pretrained(data, kind)
+    network = swapped(source, 7, seed=5)
+    torch.manual_seed(5)
+    fresh = NETWORKS[kind](7)
+    assert same(network, source.model) == {n for n in network.state_dict() if "head" not in n}
+    assert same(network.head, fresh.head) == set(fresh.head.state_dict())
+    assert same(swapped(source.model, 7, seed=5), network) == set(network.state_dict())
+    assert network.spec == fresh.spec
+
+
+def test_the_stored_weights_are_taken_whatever_became_of_the_network(source):
+    before = copy.deepcopy(source.model)
+    torch.nn.init.ones_(source.model.stages["stage1"][0].weight)
+    assert same(lab.start_from(source), before) == set(before.state_dict())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_what_is_frozen_does_not_move_by_a_bit(kind, optimizer, data):
+    network = lab.freeze(swapped(pretrained(data, kind)), up_to="stage1")
+    before = copy.deepcopy(network)
+    config = lab.TrainConfig(
+        epochs=2, batch_size=13, optimizer=optimizer, weight_decay=0.1, ema=0.9
+    )
+    lab.train(network, data, config, **SETTINGS)
+    kept = {n for n in before.state_dict() if n.startswith(("stages.whiten", "stages.stage1"))}
+    assert kept <= same(network, before)
+    moved = set(before.state_dict()) - same(network, before)
+    assert any(name.startswith("stages.stage2") for name in moved)
+    assert any("running_mean" in name for name in moved)
+
+
+def test_dropout_of_a_frozen_stage_is_off_in_training(data):
+    network = lab.freeze(NETWORKS["FullyConvCNN"](), up_to="stage1")
+    modes = [stage.training for stage in network.train().stages.values()]
+    assert (network.training, modes) == (True, [False, True])
+    assert not any(part.training for part in network.stages["stage1"].modules())
+
+
+def test_the_key_says_what_a_run_starts_from_and_what_is_frozen(source, data):
+    network = swapped(source)
+    key = f"from run {source.key}"
+    assert identify(network, 0)[1] == f"{key}, head drawn anew"
+    assert identify(network, 1)[1].startswith(f"{key}, head ")
+    assert identify(network, 1)[1] != identify(network, 0)[1]
+    assert identify(copy.deepcopy(network), 0) == identify(network, 0)
+    lab.freeze(network, up_to="stage1")
+    frozen = " ".join(f"stages.stage1.{n}" for n, _ in network.stages["stage1"].named_parameters())
+    assert identify(network, 0)[1] == f"{key}, head drawn anew, {frozen} frozen"
+    head = lab.train(network, data, CONFIG, **SETTINGS)
+    assert identify(lab.start_from(head), 0)[1] == f"from run {head.key}"
+    for run in (head, lab.train(lab.start_from(head), data, CONFIG, **SETTINGS)):
+        assert recorded_key(run.info) == run.key
+
+
+@pytest.mark.parametrize(
+    "name", ["head.weight", "stages.stage1.0.weight", "stages.stage2.1.running_var"]
+)
+def test_a_network_whose_weights_were_changed_is_not_the_runs(name, source):
+    network = swapped(source)
+    network.state_dict()[name].view(-1)[0] += 1e-3
+    assert "from run" not in identify(network, 0)[1]
+
+
+def test_what_went_on_from_float16_weights_is_found_from_the_exact_ones(source, data, folders):
+    first = lab.train(swapped(source), data, CONFIG, **SETTINGS)
+    exact = copy.deepcopy(source.model)
+    runs.publish(source, weights=True, half=True, command="")
+    source.path.rename(folders / "elsewhere")
+    published = lab.load_run(source.name)
+    assert same(published.model, exact) != set(exact.state_dict())
+    again = lab.train(swapped(published), data, CONFIG, **SETTINGS)
+    assert again.stored
+    assert again.key == first.key
+
+
+def frozen_training(seed=0):
+    """Steps of a chain that each process repeats: pretrain, then train with stage1 frozen."""
+    data = lab.load_data("tiny", val_size=12, device="cpu")
+    network = lab.freeze(swapped(pretrained(data, "FullyConvCNN"), seed=seed), up_to="stage1")
+    return network, data
+
+
+def test_equal_seeds_give_equal_bits_also_after_a_kill(data):
+    def interrupt(module, given, output):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        calls, (network, data) = [], frozen_training()
+        whole = lab.train(network, data, CONFIG, **SETTINGS)
+        again = lab.train(frozen_training()[0], data, CONFIG, retrain=True, **SETTINGS)
+        assert same(again.model, whole.model) == set(whole.model.state_dict())
+        network, data = frozen_training()
+        original = type(network).forward
+        handle = network.head.register_forward_hook(interrupt)
+        # The hook interrupts; what it leaves behind is the folder of the plain network.
+        key_of = identify(frozen_training()[0], 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("labutils.training.loop.identify", lambda *_: key_of)
+            cut = lab.train(network, data, CONFIG, retrain=True, **SETTINGS)
+        handle.remove()
+        assert cut.stop_reason == "interrupted"
+        assert type(network).forward is original
+        resumed = lab.train(frozen_training()[0], data, CONFIG, retrain=True, **SETTINGS)
+        assert same(resumed.model, whole.model) == set(whole.model.state_dict())
+        assert [row["train_loss"] for row in resumed.rows] == [r["train_loss"] for r in whole.rows]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_bad_requests_name_what_is_there(source, data):
+    model = NETWORKS["CNN"]()
+    with pytest.raises(ValueError, match=r"stage = 'stage3' is no stage of CNN.*stage1, stage2"):
+        lab.features(model, data.test, ["stage3"])
+    with pytest.raises(ValueError, match="grid = 0"):
+        lab.features(model, data.test, grid=0)
+    with pytest.raises(ValueError, match=r"up_to = 'stage9' is no stage.*Known: stage1, stage2"):
+        lab.freeze(model, up_to="stage9")
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        lab.freeze(model, up_to="head")
+    with pytest.raises(ValueError, match="source is MLP"):
+        lab.swap_head(lab.MLP(4, [5], 3), 4)
+    with pytest.raises(ValueError, match="num_classes = 1"):
+        lab.swap_head(source, 1)
+
+
+def test_weights_that_do_not_fit_are_named():
+    model = NETWORKS["CNN"]()
+    model.stages["stage1"][0] = torch.nn.Conv2d(1, 9, 3, bias=False)
+    with pytest.raises(
+        ValueError, match=r"stages.stage1.0.weight \[9, 1, 3, 3\], not \[4, 1, 3, 3\]"
+    ):
+        lab.swap_head(model, 5)
+
+
+def test_a_run_without_weights_or_an_end_cannot_be_started_from(source):
+    source.model = None
+    with pytest.raises(RunError, match="only the card"):
+        lab.swap_head(source, 3)
+    source.info["stop_reason"] = "interrupted"
+    with pytest.raises(RunError, match="Train it to the end"):
+        lab.start_from(source)
+
+
+def test_a_label_budget_that_leaves_a_class_empty_is_refused(data):
+    with pytest.raises(ValueError, match=r"subset = 0.01 does not fit"):
+        lab.load_data("tiny", val_size=12, subset=0.01, device="cpu")
