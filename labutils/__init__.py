@@ -26,7 +26,7 @@ _EXPORTS = {
     "training.loop": ["train"],
     "methods.cam": ["class_activation_map", "explain"],
     "methods.probes": ["probe"],
-    "methods.transfer": ["features", "freeze", "start_from", "swap_head"],
+    "methods.transfer": ["features", "freeze", "label_budget", "start_from", "swap_head"],
     "methods.pictures": ["save_cam_visualization"],
     "notebook.claims": ["Claims", "Score", "mean_std", "tabulate"],
     "notebook.experiment": ["Experiment", "start"],

@@ -44,7 +44,7 @@ class LinearSVM(ClassifierMixin, BaseEstimator):
         factor = torch.linalg.cholesky(matrix)
         weights = ahead = torch.zeros(x.shape[1], len(self.classes_), dtype=torch.double)
         momentum = 1.0
-        for self.n_iter_ in range(1, self.max_iter + 1):
+        for _ in range(self.max_iter):
             targets = signs * (signs * (x @ ahead.float())).clamp_(min=1)
             moved = torch.cholesky_solve(2 * self.C * (x.T @ targets).double(), factor)
             before, momentum = momentum, (1 + (1 + 4 * momentum**2) ** 0.5) / 2

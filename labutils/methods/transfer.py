@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.settings import suggestion
-from ..data.tensors import Split
+from ..data.tensors import ImageData, Split
 from ..models import registry
 from ..models.convnets import ConvNet
 from ..models.registry import in_mode
@@ -88,6 +89,25 @@ def start_from(run: Run) -> ConvNet:
     network.load_state_dict(state)
     remember_origin(network, run.key)
     return network
+
+
+def label_budget(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
+    """The same data with a share of the training images, in (0, 1], the same of every class.
+
+    A larger share holds all images of a smaller one; pixels are normalised as before. Raises
+    ValueError for a share that leaves a class without an image.
+    """
+    labels = data.train.labels.cpu()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    counts = [(share * int(n) + 1e-9) // 1 for n in labels.bincount(minlength=data.num_classes)]
+    if not 0 < share <= 1 or min(counts) < 1:
+        needed = f"of {min(labels.bincount(minlength=data.num_classes))} images, at least one"
+        problem = f"label_budget: share = {share}. Give a share up to 1 that leaves every class"
+        raise ValueError(f"{problem}, {needed}.")
+    kept = [order[labels[order] == c][: int(n)] for c, n in enumerate(counts)]
+    index = torch.cat(kept).sort().values.to(data.train.images.device)
+    images, labels = data.train.images[index], data.train.labels[index]
+    return replace(data, train=replace(data.train, images=images, labels=labels))
 
 
 def freeze(model: ConvNet, *, up_to: str) -> ConvNet:

@@ -219,6 +219,20 @@ def test_a_run_without_weights_or_an_end_cannot_be_started_from(source):
         lab.start_from(source)
 
 
-def test_a_label_budget_that_leaves_a_class_empty_is_refused(data):
-    with pytest.raises(ValueError, match=r"subset = 0.01 does not fit"):
-        lab.load_data("tiny", val_size=12, subset=0.01, device="cpu")
+def test_a_label_budget_takes_the_same_share_of_every_class(data):
+    train, before = data.train, None
+    assert lab.label_budget(data, 1.0).train.images.equal(train.images)
+    for share in (0.25, 0.5):
+        budget = lab.label_budget(data, share)
+        assert budget.train.labels.bincount().tolist() == [int(share * 16)] * 3
+        assert (budget.val, budget.train.mean) == (data.val, train.mean)
+        images = {image.numpy().tobytes() for image in budget.train.images}
+        assert images <= {image.numpy().tobytes() for image in train.images}
+        assert before is None or before <= images
+        before = images
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.5])
+def test_a_label_budget_that_leaves_a_class_empty_is_refused(share, data):
+    with pytest.raises(ValueError, match=f"share = {share}.*of 16 images, at least one"):
+        lab.label_budget(data, share)
