@@ -24,6 +24,7 @@ _EXPORTS = {
     "data.superclasses": ["superclasses"],
     "training.runs": ["Run", "RunError", "load_run", "publish"],
     "training.loop": ["train"],
+    "methods.distillation": ["Teacher"],
     "methods.cam": ["class_activation_map", "explain"],
     "methods.probes": ["probe"],
     "methods.transfer": ["features", "freeze", "label_budget", "start_from", "swap_head"],

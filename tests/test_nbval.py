@@ -291,6 +291,7 @@ def test_the_notebooks_are_all_here():
         "1.2",
         "1.3",
         "2.1",
+        "2.2",
         "2.3",
     ]
 

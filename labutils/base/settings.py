@@ -101,6 +101,8 @@ class TrainConfig:
     weight_decay: NonNegativeFloat = 0.0  # decoupled for adamw and beside muon, else an L2 term
     schedule: Literal["constant", "onecycle", "linear"] = "constant"
     label_smoothing: Fraction = 0.0  # Szegedy et al. 2016, https://arxiv.org/abs/1512.00567
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of a teacher in the loss; 0: none
+    temperature: PositiveFloat = 1.0  # softens teacher and student: see target.batch_loss
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of averaged weights; None: off
     augment: Augment = Augment()
     precision: Precision = "float32"  # auto: bf16 where it is computed

@@ -70,12 +70,13 @@ class Experiment:
         *,
         seeds=None,
         data=None,
+        teacher=None,
         **labels,
     ) -> Score:
         """Train a network once for each seed, or load the finished runs, and remember them.
 
         build: makes the network with fresh weights; it is called under the seed. seeds, data: other
-            than the experiment's own.
+            than the experiment's own. teacher: see train.
         labels: what tells this training from the others. They name the run and become columns of
             `frame`, and are no part of what a stored run is found by.
         Raises ValueError for seeds that are none or not distinct; KeyboardInterrupt if a training
@@ -90,7 +91,8 @@ class Experiment:
             name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
             seed_everything(seed)
             config = replace(config, seed=seed)
-            run = train(build(), data, config, name=name, retrain=self.retrain)
+            options = {"teacher": teacher, "name": name, "retrain": self.retrain}
+            run = train(build(), data, config, **options)
             if run.stop_reason == "interrupted":
                 raise KeyboardInterrupt(f"{name} was interrupted. Run the cell again to go on.")
             runs[seed] = run

@@ -16,9 +16,19 @@ from .watch import warn
 FORMAT = 1  # raised when a change makes stored runs mean something else
 
 
-def run_key(config: TrainConfig, spec: dict[str, Any], weights: str, fingerprint: str) -> str:
-    """Equal keys compute the same. spec, weights: from identify. fingerprint: of the data."""
-    return digest([FORMAT, config.changes(), spec, weights, fingerprint])
+def run_key(
+    config: TrainConfig,
+    spec: dict[str, Any],
+    weights: str,
+    fingerprint: str,
+    teacher: str | None = None,
+) -> str:
+    """Equal keys compute the same. spec, weights: from identify. fingerprint: of the data.
+
+    teacher: its key; without one, keys are what they were before there were teachers.
+    """
+    parts = [FORMAT, config.changes(), spec, weights, fingerprint]
+    return digest(parts if teacher is None else [*parts, teacher])
 
 
 def recorded_key(info: dict[str, Any]) -> str:
@@ -26,7 +36,8 @@ def recorded_key(info: dict[str, Any]) -> str:
     augment = Augment(**_known(Augment, info["config"].get("augment", {})))
     config = TrainConfig(**_known(TrainConfig, info["config"]) | {"augment": augment})
     fingerprint = info["data"]["fingerprint"]
-    return run_key(config, info["model"], info.get("weights", "seed"), fingerprint)
+    weights, teacher = info.get("weights", "seed"), info.get("teacher")
+    return run_key(config, info["model"], weights, fingerprint, teacher)
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import Annotated
 import torch
 from pydantic import Field, InstanceOf
 from torch import nn
-from torch.nn import functional as F
 
 from ..base import device as machine
 from ..base.files import runs_dir
@@ -29,6 +28,7 @@ from . import checkpoint, watch
 from .key import identify, run_key
 from .optim import image_size, lr_factor, make_optimizer, require_trainable, stop_reason
 from .runs import Run, RunError, find, finish, open_part, save_weights, store_lock
+from .target import Teacher, batch_loss, require_teachable
 
 _KINDS = {"model": InstanceOf[nn.Module], "data": InstanceOf[ImageData]}
 _KINDS |= {"config": InstanceOf[TrainConfig], "checkpoint_seconds": NonNegativeFloat}
@@ -40,6 +40,7 @@ def train(
     data: ImageData,
     config: TrainConfig | None = None,
     *,
+    teacher: Teacher | None = None,
     name: str = "run",
     retrain: bool = False,
     track: str | list[str] | None = "auto",
@@ -51,7 +52,8 @@ def train(
 
     model: float32 [n, C, H, W] -> logits [n, num_classes]. It is moved to the device of the data
         and ends with the weights of the best epoch by config.monitor, unless only the card of the
-        run is published. name: starts the name of the run's folder. retrain: even if it is stored.
+        run is published. teacher: answers beside the labels, as much as config.alpha says; see
+        target.batch_loss. name: starts the run's folder. retrain: even if the run is stored.
     track: see watch.open_mirrors. progress: live bar, and a line when a stored run is loaded.
     config.accumulate: a step is computed in so many parts, whose gradients add up to those of the
         batch; batch norm sees one part at a time. config.image_sizes: images are shrunk to each of
@@ -69,24 +71,27 @@ def train(
     given = {"model": model, "data": data, "config": config, "name": name}
     check("train", _KINDS, given | {"checkpoint_seconds": checkpoint_seconds})
     require_trainable(model, data, config)
-    run = _describe(model, data, config, name)
+    require_teachable(teacher, data, config)
+    run = _describe(model, data, config, teacher, name)
     if retrain or not (found := find(run.key, model)):
         with store_lock(run.key):
             # Another process may have finished this very run while we waited for the lock.
             if retrain or not (found := find(run.key, model)):
-                return _train(run, data, config, track, progress, checkpoint_seconds, compile)
+                watching = track, progress, checkpoint_seconds
+                return _train(run, data, config, teacher, *watching, compile)
     if progress:
         watch.say(str(found))
     return found
 
 
-def _loop(state, data, config, forward, after_step, after_epoch) -> str | None:
+def _loop(state, data, config, teacher, forward, after_step, after_epoch) -> str | None:
     """Train on from `state` until a rule, which is returned, or after_step's True ends it."""
     model, optimizer, averaged = state.model, state.optimizer, state.averaged
     steps = _steps(data, config)  # in an epoch
     precision = machine.autocast(state.precision, data.train.images.device)
     for epoch in range(state.epoch, config.epochs):
         state.started = time.perf_counter()
+        taught = teacher and teacher.lessons(data, config, epoch, _part_size(config))
         order = {"seed": config.seed, "epoch": epoch, "start": state.batch}
         batches = data.train.shuffled(_part_size(config), **order, augment=config.augment)
         model.train()
@@ -99,7 +104,8 @@ def _loop(state, data, config, forward, after_step, after_epoch) -> str | None:
                 with precision:
                     logits = forward(images)
                 logits = logits.float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+                soft = None if taught is None else taught[state.images :][: len(labels)]
+                loss = batch_loss(logits, labels, soft, config)
                 loss.backward(torch.full_like(loss, len(labels) / size))
                 # Reading the loss here would wait for the device; it is read when the epoch ends.
                 state.add(loss, logits, labels)
@@ -131,7 +137,7 @@ def _steps(data, config) -> int:
     return math.ceil(data.train.num_batches(_part_size(config)) / config.accumulate)
 
 
-def _train(run, data, config, track, progress, checkpoint_seconds, compile) -> Run:
+def _train(run, data, config, teacher, track, progress, checkpoint_seconds, compile) -> Run:
     """All around the loop: what it starts from, who watches it, what is saved and when."""
     with ExitStack() as stack:
         state = _start_or_continue(run, data, config, stack)
@@ -165,11 +171,11 @@ def _train(run, data, config, track, progress, checkpoint_seconds, compile) -> R
         # Each batch size is compiled on its own: code for any size is slower.
         forward = torch.compile(run.model, dynamic=False) if compile else run.model
         try:
-            reason = _loop(state, data, config, forward, after_step, after_epoch)
+            reason = _loop(state, data, config, teacher, forward, after_step, after_epoch)
         except torch._dynamo.exc.TorchDynamoException as error:  # the step has not begun
             bar.warn(f"torch.compile fails here ({first_line(error)}): trained without it")
             run.info["compiled"] = False
-            reason = _loop(state, data, config, run.model, after_step, after_epoch)
+            reason = _loop(state, data, config, teacher, run.model, after_step, after_epoch)
         _finish(run, state, reason or "interrupted")
         bar.note(run.stop_reason)
     if interrupted and reason:
@@ -248,7 +254,7 @@ def _finish(run, state, reason) -> None:
         run.model.load_state_dict(state.best_weights)
 
 
-def _describe(model, data, config, name) -> Run:
+def _describe(model, data, config, teacher, name) -> Run:
     """The run with all that is known before it is trained, its key above all."""
     spec, weights = identify(model, config.seed)
     info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
@@ -260,5 +266,7 @@ def _describe(model, data, config, name) -> Run:
     info["data"] |= {"mean": list(data.train.mean), "std": list(data.train.std)}
     info["device"] = machine.device_name(data.train.images.device)
     info |= {"torch": torch.__version__, "python": platform.python_version()}
-    key = run_key(config, spec, weights, data.fingerprint)
+    if teacher is not None:
+        info["teacher"] = teacher.key
+    key = run_key(config, spec, weights, data.fingerprint, info.get("teacher"))
     return Run(name, key, info, rows=[], path=runs_dir(), model=model)

@@ -1,0 +1,119 @@
+"""A trained network as the teacher of others: what it says of the very views that they see.
+
+A teacher that answers for the images as they are, where the student sees crops, teaches it badly
+(Beyer et al. 2022, https://arxiv.org/abs/2106.05237). What an epoch shows depends on the seed and
+the epoch alone, so the answers are recorded by these: students of one seed, of whatever size,
+temperature and alpha, share them. With shifts of 2 pixels and flips, all 50 views of an image would
+take 50 passes; a record takes one an epoch, and holds every augmentation.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..base import device as machine
+from ..base.files import atomic_write, digest, runs_dir
+from ..base.settings import TrainConfig, check
+from ..data.tensors import ImageData
+from ..models.registry import in_mode
+from ..training.key import identify
+from ..training.runs import Run, store_lock
+from ..training.watch import warn
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A finished run that teaches. Raises RunError where only its card is published.
+
+    classes: for each class of the data, which of the run's outputs answers for it; () is each its
+        own. A permutation makes a teacher that is as sure of itself, of the wrong classes.
+    Its answers are kept as float16 in the folder of runs, one small file for an epoch and a seed.
+    """
+
+    run: Run
+    classes: Sequence[int] = ()
+    _weights: str = field(init=False, repr=False)  # a run that was trained anew may have others
+
+    def __post_init__(self) -> None:
+        count = len(self.run.info["data"]["classes"])
+        kind = list[Annotated[int, Field(ge=0, lt=count)]]
+        check("Teacher", {"classes": kind}, {"classes": list(self.classes)})
+        if self.classes and len(set(self.classes)) < count:
+            allowed = f"Give each of 0 to {count - 1} once, or none."
+            raise ValueError(f"Teacher: classes = {list(self.classes)}. {allowed}")
+        object.__setattr__(self, "_weights", identify(self._model, 0)[1])
+
+    @property
+    def key(self) -> str:
+        return " ".join([self.run.key, *map(str, self.classes)])
+
+    @property
+    def _model(self) -> nn.Module:
+        return self.run.require_model()
+
+    def require_fit(self, data: ImageData) -> None:
+        """Raise ValueError unless it was trained on such classes and images."""
+        known = self.run.info["data"]
+        for what, own, other in (
+            ("classes", known["classes"], list(data.classes)),
+            ("images of shape", known["shape"], list(data.image_shape)),
+        ):
+            if own != other:
+                problem = f"the teacher {self.run.name} knows {what} {own}, the data have {other}"
+                raise ValueError(f"train: {problem}. Train a teacher on data like these.")
+
+    def lessons(self, data: ImageData, config: TrainConfig, epoch: int, batch_size: int) -> Tensor:
+        """Logits for the images of an epoch as `train` shows them: float32 [n, num_classes].
+
+        Recorded ones where there are, else the teacher answers now, in inference mode. A record
+        that is cut short, or of other weights or data, is made anew, which is said once.
+        """
+        views = {"augment": config.values()["augment"], "batch_size": batch_size}
+        views |= {"seed": config.seed, "epoch": epoch, "device": data.train.images.device.type}
+        path = runs_dir() / ".teachers" / f"{self.run.key}-{data.name}" / f"{digest(views)}.f16"
+        owner = hashlib.sha256(f"{self._weights} {data.fingerprint}".encode()).digest()
+        shown = min(len(data.train), data.train.num_batches(batch_size) * batch_size)
+        shape = shown, data.num_classes
+        with store_lock(f"{path.parent.name}-{path.stem}"):  # another student may be waiting for it
+            logits = _read(path, owner, shape)
+            if logits is None:
+                logits = self._answer(data, config, epoch, batch_size)
+                with atomic_write(path) as file:
+                    file.write(owner + logits.numpy().tobytes())
+        logits = logits.to(data.train.images.device).float()
+        return logits[:, list(self.classes)] if self.classes else logits
+
+    @torch.inference_mode()
+    def _answer(self, data, config, epoch, batch_size) -> Tensor:
+        """What it says of the views of an epoch: float16 [n, num_classes], on the CPU."""
+        device, batches = data.train.images.device, []
+        precision = machine.usable_precision(self.run.info.get("precision", "float32"), device)
+        model = self._model.to(device)
+        order = {"seed": config.seed, "epoch": epoch, "augment": config.augment}
+        with in_mode(model, training=False), machine.autocast(precision, device):
+            for images, _ in data.train.shuffled(batch_size, **order):
+                batches.append(model(images).half())
+        logits = torch.cat(batches).cpu()
+        if not logits.isfinite().all():
+            problem = f"the logits of the teacher {self.run.name} are not finite in float16"
+            raise ValueError(f"train: {problem}. Take another teacher.")
+        return logits
+
+
+def _read(path, owner: bytes, shape: tuple[int, int]) -> Tensor | None:
+    """The recorded logits, float16; None if there are none or, after a warning, unfit ones."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if content[:32] == owner and len(content) == 32 + 2 * shape[0] * shape[1]:
+        return torch.from_numpy(np.frombuffer(content, np.float16, offset=32).copy()).view(shape)
+    problem = "is cut short, or of another teacher or other data"
+    warn(f"{path.parent.name}: what the teacher said {problem}. It is asked again.")
+    return None

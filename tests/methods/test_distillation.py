@@ -1,0 +1,200 @@
+"""Teachers: the views they answer for, their records, students that go on with the same bits."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import labutils as lab
+from labutils.methods import distillation
+from labutils.training import watch
+
+DISTORTED = lab.Augment(crop=1, flip="alternating", rotate=10, cutout=2)
+CONFIG = lab.TrainConfig(
+    epochs=3, batch_size=20, accumulate=2, lr=0.01, augment=DISTORTED, alpha=0.9, temperature=2.0
+)
+
+
+def network(widths=(4, 6)):
+    torch.manual_seed(0)
+    return lab.CNN((1, 6, 6), 3, widths=list(widths))
+
+
+def train(data, config=CONFIG, model=None, **options):
+    return lab.train(model or network(), data, config, track=None, progress=False, **options)
+
+
+@pytest.fixture
+def data(write_npz):
+    write_npz()
+    return lab.load_data("tiny", val_size=12, device="cpu")
+
+
+@pytest.fixture
+def taught_by(data):
+    return train(data, lab.TrainConfig(epochs=2, batch_size=16), network([8, 8]))
+
+
+@pytest.fixture
+def teacher(taught_by):
+    return lab.Teacher(taught_by)
+
+
+def records():
+    return sorted(distillation.runs_dir().glob(".teachers/*/*.f16"))
+
+
+def test_it_answers_for_the_views_that_the_student_sees(data, teacher):
+    for epoch in range(3):
+        shown = data.train.shuffled(10, seed=0, epoch=epoch, augment=DISTORTED)
+        images = torch.cat([images for images, _ in shown])
+        with torch.no_grad():
+            expected = teacher.run.model.eval()(images)
+        for _ in range(2):  # answered, then read
+            found = teacher.lessons(data, CONFIG, epoch, 10)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    assert len(records()) == 3
+
+
+def test_a_student_equals_a_loop_by_hand(data, teacher):
+    config = lab.TrainConfig(epochs=1, batch_size=13, lr=0.01, alpha=0.7, temperature=3.0)
+    run, bare = train(data, config, teacher=teacher), network()
+    optimizer = torch.optim.AdamW(bare.parameters(), lr=0.01, weight_decay=0.0, fused=True)
+    torch.manual_seed(0)
+    bare.train()
+    for images, labels in data.train.shuffled(13, seed=0, epoch=0):
+        with torch.no_grad():
+            soft = (teacher.run.model.eval()(images) / 3).softmax(1)
+        logits = bare(images)
+        divergence = (soft * (soft.log() - (logits / 3).log_softmax(1))).sum(1).mean()
+        loss = 0.7 * 9 * divergence + 0.3 * F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(run.model.state_dict(), bare.state_dict(), rtol=1e-2, atol=1e-3)
+
+
+# Five parts an epoch, three steps.
+@pytest.mark.parametrize("step", [1, 4, 5, 8])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_interrupted_student_goes_on_with_the_same_bits(data, teacher, step, recorded):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    config = replace(CONFIG, image_sizes=(5, 6))
+    expected = train(data, config, teacher=teacher, retrain=True)
+    passes, model = [], network()
+
+    def interrupt(module, inputs):
+        passes.append(module.training)
+        if module.training and sum(passes) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handle = model.register_forward_pre_hook(interrupt)
+    # A hook would give the network a key of its own; it is the run's again when it goes on.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("labutils.training.loop.identify", lambda *_: (network().spec, "seed"))
+        run = train(data, config, model, teacher=teacher, retrain=True)
+    handle.remove()
+    assert run.stop_reason == "interrupted"
+    if not recorded:
+        for path in records():
+            path.unlink()
+    again = train(data, config, teacher=teacher, retrain=True)
+    assert again.key == run.key == expected.key
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_ctrl_c_while_it_answers_leaves_no_record(data, teacher):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = teacher.run.model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        teacher.lessons(data, CONFIG, 0, 10)
+    handle.remove()
+    assert not [
+        path
+        for path in distillation.runs_dir().rglob("*")
+        if ".f16" in path.name and path.suffix != ".lock"
+    ]
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def of_another(path):
+    path.write_bytes(bytes(32) + path.read_bytes()[32:])
+
+
+@pytest.mark.parametrize("spoil", [cut_short, of_another])
+def test_a_record_that_is_not_its_own_is_made_anew_and_this_is_said_once(
+    data, teacher, spoil, capsys
+):
+    watch.warn.cache_clear()
+    whole = teacher.lessons(data, CONFIG, 0, 10)
+    [path] = records()
+    for _ in range(2):
+        spoil(path)
+        assert torch.equal(teacher.lessons(data, CONFIG, 0, 10), whole)
+    said = capsys.readouterr().out
+    assert said.count("is cut short, or of another teacher or other data. It is asked again.") == 1
+
+
+def test_other_data_weights_views_and_seeds_have_records_of_their_own(data, teacher):
+    first = teacher.lessons(data, CONFIG, 0, 10)
+    for changed in (replace(CONFIG, seed=1), replace(CONFIG, augment=lab.Augment())):
+        assert not torch.equal(teacher.lessons(data, changed, 0, 10), first)
+    with torch.no_grad():
+        teacher.run.model.head.bias.add_(1)
+    later = lab.Teacher(teacher.run)
+    torch.testing.assert_close(later.lessons(data, CONFIG, 0, 10), first + 1, rtol=0, atol=4e-3)
+
+
+def test_the_teacher_enters_the_key_and_the_card(data, teacher):
+    run = train(data, teacher=teacher)
+    other = train(data, teacher=lab.Teacher(teacher.run, classes=[1, 2, 0]))
+    plain = train(data, replace(CONFIG, alpha=0.0, temperature=1.0))
+    assert len({run.key, other.key, plain.key}) == 3
+    assert run.info["teacher"] == teacher.run.key
+    assert other.info["teacher"] == f"{teacher.run.key} 1 2 0"
+    assert "teacher" not in plain.info
+    assert train(data, teacher=teacher).stored
+    assert lab.load_run(run.path.name).key == run.key
+
+
+def test_a_permuted_teacher_is_as_sure_of_other_classes(data, teacher):
+    own = teacher.lessons(data, CONFIG, 0, 10)
+    other = lab.Teacher(teacher.run, classes=[1, 2, 0]).lessons(data, CONFIG, 0, 10)
+    assert torch.equal(other, own[:, [1, 2, 0]])
+    assert len(records()) == 1
+
+
+@pytest.mark.parametrize("classes", [[0, 1], [0, 1, 1], [0, 1, 3], [0, 1, -1], ["a", 1, 2]])
+def test_classes_that_are_no_permutation_are_refused(taught_by, classes):
+    with pytest.raises(ValueError, match=r"^Teacher: classes"):
+        lab.Teacher(taught_by, classes=classes)
+
+
+def test_a_teacher_of_other_classes_or_images_is_named(data, teacher):
+    renamed = replace(data, classes=("a", "b", "c"))
+    with pytest.raises(ValueError, match=r"^train: the teacher run knows classes .* 'b', 'c'\]"):
+        train(renamed, teacher=teacher)
+    with pytest.raises(
+        ValueError, match=r"knows images of shape \[1, 6, 6\], the data have \[1, 8"
+    ):
+        teacher.require_fit(
+            replace(data, train=replace(data.train, images=torch.zeros(9, 1, 8, 8)))
+        )
+
+
+def test_logits_that_float16_cannot_hold_are_refused(data, teacher):
+    with torch.no_grad():
+        teacher.run.model.head.bias.fill_(1e6)
+    with pytest.raises(ValueError, match="teacher run are not finite in float16"):
+        lab.Teacher(teacher.run).lessons(data, CONFIG, 0, 10)
+    assert not records()
