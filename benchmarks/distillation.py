@@ -16,9 +16,10 @@ import statistics
 import time
 from dataclasses import replace
 
+from throughput import make_data
+
 import labutils as lab
 from labutils.base.device import device_name
-from throughput import make_data
 
 AUGMENT = lab.Augment(crop=2, flip="alternating")
 PLAIN = lab.recipe("fast", epochs=1, batch_size=128, accumulate=1, image_sizes=(), augment=AUGMENT)
