@@ -76,6 +76,7 @@ class Teacher:
         """
         views = {"augment": config.values()["augment"], "batch_size": batch_size}
         views |= {"seed": config.seed, "epoch": epoch, "device": data.train.images.device.type}
+        views |= {"data": data.fingerprint}
         path = runs_dir() / ".teachers" / f"{self.run.key}-{data.name}" / f"{digest(views)}.f16"
         owner = hashlib.sha256(f"{self._weights} {data.fingerprint}".encode()).digest()
         shown = min(len(data.train), data.train.num_batches(batch_size) * batch_size)

@@ -145,10 +145,15 @@ def test_a_record_that_is_not_its_own_is_made_anew_and_this_is_said_once(
     assert said.count("is cut short, or of another teacher or other data. It is asked again.") == 1
 
 
-def test_other_data_weights_views_and_seeds_have_records_of_their_own(data, teacher):
+def test_other_data_views_and_seeds_have_records_of_their_own_and_weights_replace_them(
+    data, teacher
+):
     first = teacher.lessons(data, CONFIG, 0, 10)
     for changed in (replace(CONFIG, seed=1), replace(CONFIG, augment=lab.Augment())):
         assert not torch.equal(teacher.lessons(data, changed, 0, 10), first)
+    part = replace(data.train, images=data.train.images[:30], labels=data.train.labels[:30])
+    assert len(teacher.lessons(replace(data, train=part), CONFIG, 0, 10)) == 30
+    assert len(records()) == 4
     with torch.no_grad():
         teacher.run.model.head.bias.add_(1)
     later = lab.Teacher(teacher.run)
