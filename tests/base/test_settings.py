@@ -35,6 +35,7 @@ BAD = {
     "weight_decay": [*NOT_NUMBERS, None],
     "schedule": ["step", "", None],
     "label_smoothing": [*NOT_NUMBERS, 1, None],
+    "stage_decay": [*NOT_NUMBERS, 0, 1.1, None],
     "alpha": [*NOT_NUMBERS, 1.1, None],
     "temperature": [*NOT_NUMBERS, 0, None],
     "ema": [*NOT_NUMBERS, 0, 1],
