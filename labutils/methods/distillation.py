@@ -22,7 +22,7 @@ from ..base.files import atomic_write, digest, runs_dir
 from ..base.settings import TrainConfig, check
 from ..data.tensors import ImageData
 from ..models.registry import in_mode
-from ..training.key import identify
+from ..training.key import weights_digest
 from ..training.runs import Run, store_lock
 from ..training.watch import warn
 
@@ -47,7 +47,7 @@ class Teacher:
         if self.classes and len(set(self.classes)) < count:
             allowed = f"Give each of 0 to {count - 1} once, or none."
             raise ValueError(f"Teacher: classes = {list(self.classes)}. {allowed}")
-        object.__setattr__(self, "_weights", identify(self._model, 0)[1])
+        object.__setattr__(self, "_weights", weights_digest(self._model.state_dict()))
 
     @property
     def key(self) -> str:
@@ -75,8 +75,8 @@ class Teacher:
         that is cut short, or of other weights or data, is made anew, which is said once.
         """
         views = {"augment": config.values()["augment"], "batch_size": batch_size}
-        views |= {"seed": config.seed, "epoch": epoch, "device": data.train.images.device.type}
-        views |= {"data": data.fingerprint}
+        views |= {"seed": config.seed, "epoch": epoch, "data": data.fingerprint}
+        views["device"] = data.train.images.device.type
         path = runs_dir() / ".teachers" / f"{self.run.key}-{data.name}" / f"{digest(views)}.f16"
         owner = hashlib.sha256(f"{self._weights} {data.fingerprint}".encode()).digest()
         shown = min(len(data.train), data.train.num_batches(batch_size) * batch_size)

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
@@ -94,7 +94,7 @@ def probe(
     features, best = scaler.transform(train[0]), (-1.0, None)
     checked = scaler.transform(val[0])
     for choice in choices:
-        fitted = type(classifier)(**classifier.get_params() | {setting: choice})
-        accuracy = fitted.fit(features, train[1]).score(checked, val[1])
+        fitted = clone(classifier).set_params(**{setting: choice}).fit(features, train[1])
+        accuracy = fitted.score(checked, val[1])
         best = max(best, (accuracy, fitted), key=lambda pair: pair[0])  # the first of equals
     return make_pipeline(scaler, best[1])

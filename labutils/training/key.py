@@ -51,7 +51,7 @@ def remember_origin(model: nn.Module, key: str, *, new_head: bool = False) -> No
     Only as long as they are what they are now. Unlike a digest, which knows the weights of one
     machine, the key of the run also finds what went on from its published weights, in float16.
     """
-    model.origin = key, new_head, _digest(model.state_dict())
+    model.origin = key, new_head, weights_digest(model.state_dict())
 
 
 def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
@@ -73,31 +73,36 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
         return spec, secrets.token_hex(6)
     if origin := _origin(model, fresh):
         return spec, origin
-    changes, drawn = [_frozen(model)], fresh.state_dict()
+    frozen, drawn = _frozen(model), fresh.state_dict()
+    changes = ["".join(f"{name} is frozen" for name in frozen).encode()]
     for name, value in model.state_dict().items():
         value, initial = value.cpu(), drawn[name].cpu()
         if value.dtype != initial.dtype or not value.equal(initial):
             changes += _written(name, value)
-    as_drawn = changes == [_frozen(fresh)]
+    as_drawn = len(changes) == 1 and frozen == _frozen(fresh)
     return spec, "seed" if as_drawn else hashlib.sha256(b"".join(changes)).hexdigest()[:12]
 
 
 def _origin(model: nn.Module, fresh: nn.Module) -> str | None:
     """The run that the weights come from, the head if it is not the run's, what is frozen."""
-    key, new_head, weights = getattr(model, "origin", None) or ("", False, None)
-    if weights != _digest(state := model.state_dict()):
-        return None  # none, or the weights have been changed since
+    if not hasattr(model, "origin"):
+        return None
+    (key, new_head, weights), state = model.origin, model.state_dict()
+    if weights != weights_digest(state):
+        return None  # they have been changed since
     parts = [f"from run {key}"]
     if new_head:
         head = {name: value for name, value in state.items() if name.startswith("head.")}
-        drawn = all(value.cpu().equal(fresh.state_dict()[name]) for name, value in head.items())
-        parts.append("head drawn anew" if drawn else f"head {_digest(head)}")
-    if _frozen(model) != _frozen(fresh):
-        parts.append(_frozen(model).decode().replace(" is frozen", " ").strip() + " frozen")
+        drawn = fresh.state_dict()
+        as_drawn = all(value.cpu().equal(drawn[name]) for name, value in head.items())
+        parts.append("head drawn anew" if as_drawn else f"head {weights_digest(head)}")
+    if (frozen := _frozen(model)) != _frozen(fresh):
+        parts.append(f"{' '.join(frozen)} frozen")
     return ", ".join(parts)
 
 
-def _digest(state: dict[str, torch.Tensor]) -> str:
+def weights_digest(state: dict[str, torch.Tensor]) -> str:
+    """Twelve hexadecimal digits for named tensors: their names, shapes, types and bits."""
     pieces = [piece for name, value in state.items() for piece in _written(name, value.cpu())]
     return hashlib.sha256(b"".join(pieces)).hexdigest()[:12]
 
@@ -108,8 +113,7 @@ def _written(name: str, value: torch.Tensor) -> list[bytes]:
 
 
 def _frozen(model):
-    names = [name for name, value in model.named_parameters() if not value.requires_grad]
-    return "".join(f"{name} is frozen" for name in names).encode()
+    return [name for name, value in model.named_parameters() if not value.requires_grad]
 
 
 def _odd_part(model: nn.Module, fresh: nn.Module) -> str | None:

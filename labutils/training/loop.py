@@ -77,8 +77,9 @@ def train(
         with store_lock(run.key):
             # Another process may have finished this very run while we waited for the lock.
             if retrain or not (found := find(run.key, model)):
-                watching = track, progress, checkpoint_seconds
-                return _train(run, data, config, teacher, *watching, compile)
+                return _train(
+                    run, data, config, teacher, track, progress, checkpoint_seconds, compile
+                )
     if progress:
         watch.say(str(found))
     return found
