@@ -160,6 +160,15 @@ def test_other_data_views_and_seeds_have_records_of_their_own_and_weights_replac
     torch.testing.assert_close(later.lessons(data, CONFIG, 0, 10), first + 1, rtol=0, atol=4e-3)
 
 
+def test_what_a_network_of_ones_own_has_said_is_found_again(data, monkeypatch):
+    config = lab.TrainConfig(epochs=1, batch_size=16)
+    own = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3))
+    run = train(data, config, own)
+    first = lab.Teacher(run).lessons(data, CONFIG, 0, 10)
+    monkeypatch.setattr(lab.Teacher, "_answer", lambda *_: pytest.fail("asked again"))
+    assert torch.equal(lab.Teacher(run).lessons(data, CONFIG, 0, 10), first)
+
+
 def test_the_teacher_enters_the_key_and_the_card(data, teacher):
     run = train(data, teacher=teacher)
     other = train(data, teacher=lab.Teacher(teacher.run, classes=[1, 2, 0]))
