@@ -159,14 +159,16 @@ class Experiment:
     def publish(self, *, weights: Iterable[Run], figures: Mapping[str, Figure], half=False) -> None:
         """Copy all runs into models/ and figures into images/, if the experiment publishes.
 
-        weights: the runs whose weights are published too, as float16 if `half`. figures: by name.
+        weights: the runs whose weights are published too; if `half`, as float16, and it is these
+        that their cards score. figures: by name.
         """
         if not self.publishes:
             return
         command = f"python -m labutils run {self.exercise} --profile full -p retrain true"
         chosen = {id(run) for run in weights}
-        for _, run, _ in self._trained.values():
-            publish(run, weights=id(run) in chosen, command=command, half=half)
+        for _, run, data in self._trained.values():
+            rounded = data if half else None
+            publish(run, weights=id(run) in chosen, command=command, half=rounded)
         for name, figure in figures.items():
             with atomic_write(images_dir() / f"{name}.png") as file:
                 # Without the software's version, so that the same figure is the same file.

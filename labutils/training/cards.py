@@ -73,5 +73,5 @@ def copy_weights(source: Path, target: Path, *, half: bool) -> None:
     for name, value in state.items() if half else ():
         state[name] = value.half() if value.is_floating_point() else value
         if not state[name].isfinite().all():
-            raise RunError(f"{source}: {name} exceeds float16's 65504. Publish with half=False.")
+            raise RunError(f"{source}: {name} exceeds float16's 65504. Publish it without half.")
     save_weights(target, state)

@@ -10,7 +10,7 @@ import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,20 +81,15 @@ class Run:
         tta: as for predict, stored apart. Raises RunError for other data than it was trained on,
         and for a run that has neither metrics nor weights.
         """
-        trained, asked = self.info["data"]["fingerprint"], data.fingerprint
-        if asked != trained:
-            problem = f"{self.name}: trained on data {trained}, asked to test on {asked}"
-            raise RunError(f"{problem}. Load it with the same name, val_size and seed.")
+        self._require_trained_on(data)
         name = "test_flip" if tta else "test"
         if name in self._scores:
             return self._scores[name]
         # A copy with the stored weights: the caller may have gone on changing the model.
-        model = copy.deepcopy(self.require_model())
+        model, card = copy.deepcopy(self.require_model()), self.path / "card.json"
         if self.weights.exists():
             load_weights(model, self.weights)
-        precision, card = self.info.get("precision", "float32"), self.path / "card.json"
-        found = metrics.evaluate(model, data.test, precision=precision, tta=tta)
-        self._scores[name] = found
+        found = self._scores[name] = self._evaluate(model, data, name)
         # An unfinished run goes on in its folder, and its weights will be others.
         if self.path.is_dir() and self.stop_reason != "interrupted":
             try:
@@ -102,6 +97,25 @@ class Run:
             except (OSError, ValueError, LookupError, TypeError) as error:
                 warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
         return found
+
+    def _rounded(self, data: ImageData) -> Run:
+        """This run, its scores, if any, measured again with weights rounded to float16."""
+        self._require_trained_on(data)
+        model = copy.deepcopy(self.require_model())
+        load_weights(model, self.weights)
+        model.half().float()
+        scores = {name: self._evaluate(model, data, name) for name in self._scores}
+        return replace(self, _scores=scores)
+
+    def _require_trained_on(self, data: ImageData) -> None:
+        trained, asked = self.info["data"]["fingerprint"], data.fingerprint
+        if asked != trained:
+            problem = f"{self.name}: trained on data {trained}, asked to test on {asked}"
+            raise RunError(f"{problem}. Load it with the same name, val_size and seed.")
+
+    def _evaluate(self, model: nn.Module, data: ImageData, name: str) -> metrics.Metrics:
+        options = {"precision": self.info.get("precision", "float32"), "tta": name == "test_flip"}
+        return metrics.evaluate(model, data.test, **options)
 
     def require_model(self) -> nn.Module:
         """The model with its best weights. Raises RunError where only the card was published."""
@@ -220,11 +234,12 @@ def finish(run: Run, weights: dict[str, torch.Tensor]) -> None:
         shutil.rmtree(aside)
 
 
-def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Path:
+def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = None) -> Path:
     """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
 
     It replaces a card of the same key; what is published already keeps its weights. command: what
-    measures the numbers again. half: weights as float16, off by at most 0.1 % or 3e-8.
+    measures the numbers again. half: the run's data if weights are to be float16, off by at most
+    0.1 % or 3e-8; the card then has the scores of these, measured on it.
     Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
     ValueError for a name that is no file name or a key not its own.
     """
@@ -239,7 +254,9 @@ def publish(run: Run, *, weights: bool, command: str, half: bool = False) -> Pat
         if not run.weights.exists() or cards.read(run.path / "card.json")["info"] != run.info:
             problem = f"{run.weights} is gone; another run of the same settings has replaced it"
             raise RunError(f"{run.name}: {problem}. Give every run its own settings, a seed say.")
-        cards.copy_weights(run.weights, stored, half=half)
+        # Measured before anything is replaced, since it takes a while and may be interrupted.
+        run = run if half is None else run._rounded(half)
+        cards.copy_weights(run.weights, stored, half=half is not None)
     elif run.path != path:
         stored.unlink(missing_ok=True)
     _write_card(path, run, stored, command)

@@ -135,7 +135,7 @@ def test_only_an_experiment_that_publishes_does(data, tmp_path, monkeypatch):
     for publish in (False, True):
         ex = lab.Experiment("9.9", data, seeds=[0, 1], publish=publish)
         score = ex.fit(make_model, CONFIG, model="tiny")
-        ex.publish(weights=[score.first], figures={"9.9_line": figure})
+        ex.publish(weights=[score.first], figures={"9.9_line": figure}, half=True)
         cards = sorted(path.name for path in (tmp_path / "models").glob("*.json"))
         assert len(cards) == 2 * publish
     weights = list((tmp_path / "models").glob("*.safetensors"))

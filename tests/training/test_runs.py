@@ -107,13 +107,11 @@ def test_a_published_run_reads_back_equal(run, data, weights):
 
 
 def test_weights_published_in_half_precision_take_half_the_space_and_come_close(run, data):
-    metrics = run.test(data)
     whole = publish(run, weights=True, command="").with_suffix(".safetensors").stat().st_size
-    card = publish(run, weights=True, command="", half=True)
+    card = publish(run, weights=True, command="", half=data)
     assert card.with_suffix(".safetensors").stat().st_size < 0.6 * whole
     shutil.rmtree(run.path)
     found = find(run.key, make_model())
-    assert found.test(data) == metrics
     for near, exact in zip(found.model.parameters(), run.model.parameters()):
         assert near.dtype == torch.float32
         torch.testing.assert_close(near, exact, rtol=2**-11, atol=2**-24)
@@ -123,12 +121,39 @@ def test_weights_published_in_half_precision_take_half_the_space_and_come_close(
     assert found.weights.read_bytes() == before
 
 
-def test_weights_too_large_for_half_precision_are_refused(run):
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_card_scores_the_weights_that_are_published_with_it(run, data, monkeypatch, flip):
+    # Far from zero float16 has steps of 32: the rounded network is another one.
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.mul_(20).add_(4e4 * (parameter.ndim == 2))
+    save_weights(run.weights, run.model.state_dict())
+    exact = run.test(data, tta=flip)
+    card = publish(run, weights=True, command="", half=data)
+    rounded = make_model()
+    load_weights(rounded, card.with_suffix(".safetensors"))
+    expected = evaluate(rounded, data.test, tta=flip)
+    assert expected.loss != exact.loss
+    shutil.rmtree(run.path)
+    found = find(run.key, make_model())
+    monkeypatch.delattr("labutils.evaluation.metrics.evaluate")
+    assert found.test(data, tta=flip) == expected
+    assert run.test(data, tta=flip) == exact
+    assert (card_of(card).get("test") is None) == flip
+
+
+def test_rounded_weights_are_scored_on_the_data_of_the_run_alone(run, data):
+    other = lab.load_data("tiny", val_size=15, device="cpu")
+    with pytest.raises(RunError, match=f"asked to test on {other.fingerprint}"):
+        publish(run, weights=True, command="", half=other)
+
+
+def test_weights_too_large_for_half_precision_are_refused(run, data):
     with torch.no_grad():
         next(run.model.parameters()).flatten()[0] = 1e5
     save_weights(run.weights, run.model.state_dict())
-    with pytest.raises(RunError, match=r"best.safetensors: .* exceeds float16's 65504.*half=False"):
-        publish(run, weights=True, command="", half=True)
+    with pytest.raises(RunError, match=r"best.safetensors: .* float16's 65504.*without half"):
+        publish(run, weights=True, command="", half=data)
 
 
 def test_the_runs_folder_goes_before_published_runs(run):
