@@ -5,7 +5,7 @@ BIN := .venv/bin
 # by spinning, as is usual, would keep the threads they wait for from running.
 NBVAL := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --nbval notebooks
 
-.PHONY: help run test robust report results store bench lint clean
+.PHONY: help run test robust report results store verify bench lint clean
 
 help:
 	@echo 'make run      execute all notebooks with the quick profile into build/'
@@ -14,6 +14,7 @@ help:
 	@echo 'make report   execute the full profile into reports/ and rebuild the tables'
 	@echo 'make store    execute the notebooks in place: refresh their stored outputs'
 	@echo 'make results  rebuild reports/results.json and the tables of README.md'
+	@echo 'make verify   test all weights in models/ again, against their cards (needs the data)'
 	@echo 'make bench    print the tables of benchmarks/README.md (two need real data)'
 	@echo 'make lint     ruff and the import order'
 
@@ -49,6 +50,9 @@ results: .venv/ready
 
 store: .venv/ready
 	$(BIN)/python -m labutils run all --out notebooks
+
+verify: .venv/ready
+	$(BIN)/python -m labutils verify
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/loop.py

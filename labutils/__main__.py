@@ -1,11 +1,11 @@
-"""The command line: python -m labutils run | sweep | data | cam | results."""
+"""The command line: python -m labutils run | sweep | data | cam | results | verify."""
 
 import sys
 from pathlib import Path
 
 import click
 
-from .base.files import data_dir, project_dir
+from .base.files import data_dir, models_dir, project_dir
 
 SHARED = [  # by the commands that execute notebooks
     click.Argument(["notebook"]),
@@ -159,6 +159,21 @@ def results() -> None:
     from .notebook.batch import write_results
 
     print(f"{len(write_results(project_dir()))} rows in reports/results.json and README.md")
+
+
+@commands.command()
+def verify() -> int:
+    """Test all weights in models/ again, and compare with what their cards say.
+
+    \b
+    LABUTILS_DATA=~/data python -m labutils verify
+
+    Exit status 1 if an accuracy differs by more than 0.05 points, or a file is damaged. Runs whose
+    data set is neither on disk nor to be downloaded are skipped, and that is said.
+    """
+    from .training.verify import verify
+
+    return int(not verify(models_dir()))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def load_data(
     shortcut: of generated sets, see generate.
     Raises ValueError for bad arguments, DataError for missing or damaged data.
     """
-    check("load_data", _KINDS, dict(zip(_KINDS, (name, val_size, subset, seed, image_size))))
+    given = dict(zip(_KINDS, (name, val_size, subset, seed, image_size)))
+    check("load_data", _KINDS, given)
     device = resolve_device(device)
     source, classes, splits = read(name, image_size=image_size, shortcut=shortcut)
     if "val" not in splits:
@@ -46,7 +47,7 @@ def load_data(
     for part, arrays in splits.items():
         images, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
         splits[part] = Split(images, labels, *statistics)
-    return ImageData(name, source, classes, **splits)
+    return ImageData(name, source, classes, **splits, loaded=given | {"shortcut": shortcut})
 
 
 def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:

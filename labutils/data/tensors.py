@@ -6,8 +6,9 @@ No DataLoader: what fits the device is cut there (https://github.com/KellerJorda
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,7 @@ class ImageData:
     train: Split
     val: Split
     test: Split
+    loaded: dict[str, Any] = field(default_factory=dict)  # the arguments of load_data
 
     @property
     def fingerprint(self) -> str:

@@ -265,6 +265,7 @@ def _describe(model, data, config, teacher, name) -> Run:
     # What it takes to use the network on another image, without the data.
     info["data"] |= {"classes": list(data.classes), "shape": list(data.image_shape)}
     info["data"] |= {"mean": list(data.train.mean), "std": list(data.train.std)}
+    info["data"]["loaded"] = data.loaded
     info["device"] = machine.device_name(data.train.images.device)
     info |= {"torch": torch.__version__, "python": platform.python_version()}
     if teacher is not None:

@@ -42,7 +42,7 @@ class Run:
     path: Path  # the run's folder, or the card of a published run
     model: nn.Module | None = None  # of the best epoch; None where only the card was published
     stored: bool = False  # found in the store, not trained by this call
-    _scores: dict[str, metrics.Metrics] = field(default_factory=dict, repr=False)
+    scores: dict[str, metrics.Metrics] = field(default_factory=dict, repr=False)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -83,13 +83,13 @@ class Run:
         """
         self._require_trained_on(data)
         name = "test_flip" if tta else "test"
-        if name in self._scores:
-            return self._scores[name]
+        if name in self.scores:
+            return self.scores[name]
         # A copy with the stored weights: the caller may have gone on changing the model.
         model, card = copy.deepcopy(self.require_model()), self.path / "card.json"
         if self.weights.exists():
             load_weights(model, self.weights)
-        found = self._scores[name] = self._evaluate(model, data, name)
+        found = self.scores[name] = self._evaluate(model, data, name)
         # An unfinished run goes on in its folder, and its weights will be others.
         if self.path.is_dir() and self.stop_reason != "interrupted":
             try:
@@ -104,8 +104,8 @@ class Run:
         model = copy.deepcopy(self.require_model())
         load_weights(model, self.weights)
         model.half().float()
-        scores = {name: self._evaluate(model, data, name) for name in self._scores}
-        return replace(self, _scores=scores)
+        scores = {name: self._evaluate(model, data, name) for name in self.scores}
+        return replace(self, scores=scores)
 
     def _require_trained_on(self, data: ImageData) -> None:
         trained, asked = self.info["data"]["fingerprint"], data.fingerprint
@@ -138,20 +138,26 @@ def find(key: str, model: nn.Module) -> Run | None:
     # A kill in the middle of finish leaves the older run as the only finished one.
     folders = _folders(key) or _folders(f"{key}.old")
     path = next(iter(folders or models_dir().glob(f"*-{key}.json")), None)
-    if path is None:
-        return None
+    return None if path is None else open_stored(path, model)
+
+
+def open_stored(path: Path, model: nn.Module | None = None) -> Run:
+    """The finished run of a folder, or of the card of a published run. RunError if it is damaged.
+
+    model: what its weights, if it has them, are put into; by default a network as its card says.
+    """
     try:
         card = cards.read(path / "card.json" if path.is_dir() else path)
         columns = card["history"]
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        run = Run(card["name"], key, card["info"], rows, path, stored=True)
+        run = Run(card["name"], card["key"], card["info"], rows, path, stored=True)
         scores = {name: card[name] for name in ("test", "test_flip") if card.get(name)}
-        run._scores = {k: metrics.Metrics.from_json(values) for k, values in scores.items()}
+        run.scores = {k: metrics.Metrics.from_json(values) for k, values in scores.items()}
         if card["weights"]:
             if card["weights"] != cards.sha256(run.weights):
                 raise ValueError(f"{run.weights.name} is not what was stored with the card")
-            load_weights(model, run.weights)
-            run.model = model
+            run.model = build(card["info"]["model"]) if model is None else model
+            load_weights(run.model, run.weights)
     # Text that is valid JSON but of another shape fails with an error of Python's own.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"the stored run {path} is damaged ({type(error).__name__}: {error})"
@@ -160,13 +166,13 @@ def find(key: str, model: nn.Module) -> Run | None:
 
 
 def load_run(name: str) -> Run:
-    """A finished run by its name, with its network on the CPU: a published one, or one stored here.
+    """A finished run by its name, with its network on the CPU: one stored here, or a published one.
 
     name: that of the run, with its key where two have the same name.
     Raises RunError if none or several have it, if only its card is published, or it is damaged.
     """
-    stored = {path.parent.name: path for path in runs_dir().glob("*/card.json")}
-    stored |= {path.stem: path for path in models_dir().glob("*.json")}
+    stored = {path.stem: path for path in models_dir().glob("*.json")}
+    stored |= {path.parent.name: path.parent for path in runs_dir().glob("*/card.json")}
     names = {home: (home, home.rpartition("-")[0]) for home in stored}
     fits = sorted(home for home in stored if name in names[home])
     if len(fits) != 1:
@@ -174,12 +180,7 @@ def load_run(name: str) -> Run:
         hint = f"{suggestion(name, known)} They are in {models_dir()} and {runs_dir()}."
         found = f"Give one of {', '.join(fits)}." if fits else f"There is no such run.{hint}"
         raise RunError(f"load_run: name = {name!r}. {found}")
-    try:
-        card = cards.read(stored[fits[0]])
-        run = find(card["key"], build(card["info"]["model"]))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        problem = f"{stored[fits[0]]} cannot be used ({first_line(error)})"
-        raise RunError(f"load_run: {problem}. Run its notebook again.") from error
+    run = open_stored(stored[fits[0]])
     run.require_model()
     return run
 
@@ -192,7 +193,7 @@ def _write_card(path: Path, run: Run, weights: Path, command: str | None) -> Non
     written = cards.sha256(weights) if weights.exists() else None
     card = {"name": run.name, "key": run.key, "digest": None, "weights": written}
     card |= {"command": command, "test": None}
-    card |= {name: asdict(found) for name, found in run._scores.items()}
+    card |= {name: asdict(found) for name, found in run.scores.items()}
     card |= {"info": run.info, "history": {k: [row[k] for row in run.rows] for k in run.rows[0]}}
     cards.write(path, card)
 
