@@ -152,13 +152,13 @@ def cam(image, model, method, layer, class_name, out) -> None:
 
 @commands.command()
 def results() -> None:
-    """Rebuild reports/results.json and the table in README.md from the reports.
+    """Rebuild reports/results.json, and the tables of README.md and reports/README.md.
 
     python -m labutils results
     """
     from .notebook.batch import write_results
 
-    print(f"{len(write_results(project_dir()))} rows in reports/results.json and README.md")
+    print(f"{len(write_results(project_dir()))} rows in reports/results.json and its table")
 
 
 @commands.command()

@@ -156,17 +156,43 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_results(root: Path) -> list[dict[str, Any]]:
-    """Rebuild reports/results.json, and the results table of README.md between its markers."""
+    """Rebuild reports/results.json, and the tables of README.md and reports/README.md."""
     rows = collect(root / "reports")
-    readme = root / "README.md"
-    before, begin, rest = readme.read_text().partition("<!-- results -->")
-    _, end, after = rest.partition("<!-- /results -->")
-    if not end or end in before:
-        raise NotebookError("results: README.md needs <!-- results --> and then <!-- /results -->.")
+    tables = {"README.md": ("findings", findings(root))}
+    tables["reports/README.md"] = "results", markdown_table(rows)
+    pages = {root / page: _fill(root / page, *table) for page, table in tables.items()}
     write_json(root / "reports" / "results.json", rows)
-    with atomic_write(readme) as file:
-        file.write(f"{before}{begin}\n{markdown_table(rows)}\n{end}{after}".encode())
+    for path, text in pages.items():
+        with atomic_write(path) as file:
+            file.write(text.encode())
     return rows
+
+
+def _fill(page: Path, name: str, table: str) -> str:
+    """The text of a page with a table between its markers; NotebookError if it has none."""
+    before, begin, rest = page.read_text().partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not end or end in before:
+        markers = f"<!-- {name} --> and then <!-- /{name} -->"
+        raise NotebookError(f"results: {page} needs {markers}.")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def findings(root: Path) -> str:
+    """A line for each notebook, as a table: its question, and what its report found."""
+    head = "| exercise | question | what the report found | claims that hold |"
+    lines = [head, "|---" * 4 + "|"]
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        title = "".join(read(path).cells[0].source).splitlines()[0]  # which JSON keeps in lines
+        number, _, question = title.removeprefix("# ").partition(" ")
+        report, found, held = root / "reports" / path.name, "not made yet", "–"
+        if report.exists():
+            bundle = reported(read(report))
+            verdicts = [claim["verdict"] for claim in bundle["rows"]]
+            held = f"{verdicts.count('holds')} of {len(verdicts)}"
+            found = f"[{bundle['headline']}](reports/{path.name})"
+        lines.append(f"| [{number}](notebooks/{path.name}) | {question} | {found} | {held} |")
+    return "\n".join(lines)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -174,12 +200,13 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "| exercise | model | data | test accuracy (%), mean ± std | runs | published | target "
     lines = [f"{head}| parameters | time a run |", "|---" * 9 + "|"]
     for row in rows:
+        report = f"[{row['exercise']}]({Path(row['report']).name})"
         published = "–" if row["published"] is None else f"{row['published']:g}"
         verdict = "reached" if row["target"] and row["mean"] >= row["target"] else "**missed**"
         target = "–" if row["target"] is None else f"{row['target']:g} {verdict}"
         deviation = f" ± {row['std']:.2f}" if row["n"] > 1 else ""
         lines.append(
-            f"| [{row['exercise']}]({row['report']}) | {row['model']} | {row['dataset']} | "
+            f"| {report} | {row['model']} | {row['dataset']} | "
             f"**{row['mean']:.2f}**{deviation} | {row['n']} | {published} | {target} | "
             f"{row['params']:,} | {row['seconds']:g} s |"
         )

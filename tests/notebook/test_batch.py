@@ -152,28 +152,49 @@ def row(**changes):
     } | changes
 
 
-def write_report(project, rows) -> None:
+def write_report(project, rows, headline="", verdicts=()) -> None:
     cell = new_code_cell("claims")
-    bundle = {claims.MEDIA_TYPE: {"rows": [], "headline": "", "headline_rows": rows}}
-    cell.outputs = [nbformat.v4.new_output("display_data", data=bundle)]
+    bundle = {"rows": [{"verdict": verdict} for verdict in verdicts], "headline": headline}
+    data = {claims.MEDIA_TYPE: bundle | {"headline_rows": rows}}
+    cell.outputs = [nbformat.v4.new_output("display_data", data=data)]
     nbformat.write(new_notebook(cells=[cell]), project / "reports" / "1.1_mlp.ipynb")
+
+
+def write_pages(project) -> None:
+    for page, table in (("README.md", "findings"), ("reports/README.md", "results")):
+        text = f"before\n<!-- {table} -->\nold\n<!-- /{table} -->\nafter\n"
+        (project / page).write_text(text)
 
 
 def test_results_are_rebuilt_from_the_reports_alone(project):
     write_report(project, [row(), row(model="mlp-10", target=94.5, mean=94.0, published=None)])
-    (project / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    write_pages(project)
     (project / "reports" / "results.json").write_text('[{"model": "gone"}]')
     batch.write_results(project)
     stored = json.loads((project / "reports" / "results.json").read_text())
     assert [item["model"] for item in stored] == ["mlp-3", "mlp-10"]
     assert stored[0]["report"] == "reports/1.1_mlp.ipynb"
     assert stored[0]["command"].startswith("python -m labutils run 1.1 --profile full")
-    readme = (project / "README.md").read_text()
-    assert readme.startswith("before\n")
-    assert readme.endswith("after\n")
-    assert "old" not in readme
-    assert "**81.23** ± 0.50 | 3 | 69.92 | 79 reached | 12,345" in readme
-    assert "**94.00** ± 0.50 | 3 | – | 94.5 **missed**" in readme
+    table = (project / "reports" / "README.md").read_text()
+    assert table.startswith("before\n")
+    assert table.endswith("after\n")
+    assert "old" not in table
+    assert "**81.23** ± 0.50 | 3 | 69.92 | 79 reached | 12,345" in table
+    assert "**94.00** ± 0.50 | 3 | – | 94.5 **missed**" in table
+
+
+def test_findings_say_which_notebook_has_no_report_yet(project):
+    write_report(project, [row()], headline="99 %", verdicts=("holds", "fails", "holds"))
+    for name, title in (
+        ("1.1_mlp", "# 1.1 Does capacity pay?"),
+        ("1.2_res", "# 1.2 Why?\nBecause"),
+    ):
+        cells = [nbformat.v4.new_markdown_cell(title)]
+        nbformat.write(new_notebook(cells=cells), project / "notebooks" / f"{name}.ipynb")
+    first, second = batch.findings(project).splitlines()[2:]
+    known = "[1.1](notebooks/1.1_mlp.ipynb) | Does capacity pay? | [99 %](reports/1.1_mlp.ipynb)"
+    assert first == f"| {known} | 2 of 3 |"
+    assert second == "| [1.2](notebooks/1.2_res.ipynb) | Why? | not made yet | – |"
 
 
 def test_rows_for_sweeps_alone_and_single_values_stay_out_of_the_results(project):
@@ -196,14 +217,15 @@ def test_a_single_run_has_no_deviation():
     "text",
     [
         "no place for a table",
-        "<!-- results -->\nno end",
-        "no begin\n<!-- /results -->",
-        "<!-- /results -->\nswapped\n<!-- results -->",
-        "<!-- /results -->\nswapped\n<!-- results -->\nand again\n<!-- /results -->",
+        "<!-- findings -->\nno end",
+        "no begin\n<!-- /findings -->",
+        "<!-- /findings -->\nswapped\n<!-- findings -->",
+        "<!-- /findings -->\nswapped\n<!-- findings -->\nand again\n<!-- /findings -->",
     ],
 )
 def test_a_readme_without_markers_in_order_is_left_alone(text, project):
     write_report(project, [row()])
+    write_pages(project)
     (project / "README.md").write_text(text)
     with pytest.raises(batch.NotebookError, match="README"):
         batch.write_results(project)
@@ -214,7 +236,7 @@ def test_a_readme_without_markers_in_order_is_left_alone(text, project):
 @pytest.mark.parametrize("text", ["", "{half a noteb", "[]", "{}", '{"cells": 3}'])
 def test_a_damaged_report_is_named(text, project):
     write_report(project, [row()])
-    (project / "README.md").write_text("<!-- results --><!-- /results -->")
+    write_pages(project)
     (project / "reports" / "1.2_other.ipynb").write_text(text)
     with pytest.raises(batch.NotebookError, match=r"reports/1\.2_other\.ipynb is no notebook"):
         batch.write_results(project)
@@ -226,6 +248,7 @@ def test_the_published_tables_say_what_the_reports_found():
     rows = batch.collect(root / "reports")
     assert rows
     assert json.loads((root / "reports" / "results.json").read_text()) == rows
-    assert batch.markdown_table(rows) in (root / "README.md").read_text()
+    assert batch.markdown_table(rows) in (root / "reports" / "README.md").read_text()
+    assert batch.findings(root) in (root / "README.md").read_text()
     for row in rows:
         assert (root / row["report"]).exists()
