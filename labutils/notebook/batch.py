@@ -1,8 +1,6 @@
 """Notebooks without a person: execute one through papermill, collect what the reports found."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +24,7 @@ class Job:
     notebook: Path
     parameters: Mapping[str, Any]  # those that its parameters cell shall not decide
     output: Path
-    failed: Path  # where what ran is kept if a cell fails
+    failed: Path  # where what ran is kept until all did
     label: str  # names it to the user
     key: str | None = None  # of a sweep's code and parameters: other outputs are out of date
     varied: Mapping[str, str] = field(default_factory=dict)  # what the sweep sets, as text
@@ -91,34 +89,32 @@ def read(path: Path) -> nbformat.NotebookNode:
 def execute(job: Job) -> None:
     """Execute a notebook into its output, which is replaced only when every cell ran.
 
-    Raises NotebookError if a cell fails, and keeps what ran where the job says.
+    Raises NotebookError if a cell fails. What ran until then is kept where the job says.
     """
     import papermill
     from traitlets.config import Config
 
     name, untouched = job.notebook.stem, f"{job.output.name} is as it was."
+    kept = f"What ran is in {job.failed}; {untouched}"
     # Kernels warn on the terminal when what they send is not encrypted.
     config = Config(KernelManager={"transport_encryption": "auto"})
-    job.failed.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="labutils-run-") as folder:
-        draft = Path(folder) / job.output.name
-        try:
-            notebook = papermill.execute_notebook(
-                job.notebook, draft, job.parameters, progress_bar=False, config=config
-            )
-        except papermill.PapermillExecutionError as error:
-            job.failed.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(draft, job.failed)
-            reason = f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"
-            raise NotebookError(f"{reason}\nWhat ran is in {job.failed}; {untouched}") from None
-        except RuntimeError:  # DeadKernelError
-            reason = f"{name}: its kernel died, as when memory runs out or compiled code crashes."
-            raise NotebookError(f"{reason} Try a smaller batch_size; {untouched}") from None
+    job.failed.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        notebook = papermill.execute_notebook(
+            job.notebook, job.failed, job.parameters, progress_bar=False, config=config
+        )
+    except papermill.PapermillExecutionError as error:
+        reason = f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"
+        raise NotebookError(f"{reason}\n{kept}") from None
+    except RuntimeError:  # DeadKernelError
+        reason = f"{name}: its kernel died, as when memory runs out or compiled code crashes."
+        raise NotebookError(f"{reason} Try a smaller batch_size.\n{kept}") from None
     clean(notebook)
     if job.key:
         notebook.metadata["labutils"] = {"sweep": job.key}
     with atomic_write(job.output) as file:
         file.write(nbformat.writes(notebook).encode() + b"\n")
+    job.failed.unlink()
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:

@@ -2,7 +2,7 @@
 
 On one machine the scheduler and its workers are threads in here; those of a cluster share our file
 system. A worker holds the standard input of the process open. When that ends, because the notebook
-is not wanted any more or the worker was killed, the process ends its kernel and itself.
+is not wanted any more or the worker was killed, so does the process, and then its kernel.
 """
 
 import json
@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import joblib
@@ -23,7 +23,6 @@ import joblib
 from ..base.settings import first_line
 from .batch import Job, NotebookError, execute
 
-GRACE = 15  # seconds a process has to end in; with a busy kernel it takes about six
 RETRIES = 2  # more tries for a notebook whose process was killed
 MARK = "\f"  # where in what a process prints its error begins
 LOCAL = {  # a scheduler and workers in this process, which nobody reaches from another machine
@@ -122,9 +121,6 @@ def _execute_apart(job: Job, shares: Sequence[dict[str, str]]) -> tuple[str | No
             # The state changes when the task is cancelled or the client that wants it is gone.
             while process.poll() is None and task.state == "executing":
                 time.sleep(0.1)
-            process.stdin.close()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
             process.kill()  # if it is still there; its kernel ends itself when it misses its parent
         log.seek(0)
         text = log.read().rstrip()
@@ -136,14 +132,11 @@ def _execute_apart(job: Job, shares: Sequence[dict[str, str]]) -> tuple[str | No
 
 
 def _end_with_standard_input() -> None:
-    os.read(0, 1)  # not by sys.stdin, whose lock would be held when Python ends
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-    time.sleep(GRACE)  # nobody may be left who would kill us
+    os.read(0, 1)
     os._exit(1)
 
 
 if __name__ == "__main__":  # what the process does
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, as by nohup
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     # A kernel below a JupyterLab terminal would otherwise believe that somebody watches it.
     os.environ.pop("JPY_SESSION_NAME", None)

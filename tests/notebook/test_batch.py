@@ -64,7 +64,7 @@ def test_a_notebook_runs_with_its_parameters_and_reports_its_claims(make_noteboo
     text = output.read_text()
     assert str(project) not in text
     assert "papermill" not in json.loads(text)["metadata"]
-    assert [path.name for path in output.parent.iterdir()] == ["1.1_demo.ipynb"]
+    assert list(output.parent.rglob("*.ipynb")) == [output]
 
 
 def test_a_failing_cell_is_named_and_the_earlier_output_stays(make_notebook, project):
@@ -85,6 +85,7 @@ def test_a_kernel_that_dies_is_an_error_like_others(make_notebook, project):
     with pytest.raises(batch.NotebookError, match=r"1\.1_demo: its kernel died.*batch_size"):
         batch.execute(batch.prepare(make_notebook("import os; os._exit(1)"), output.parent, {}))
     assert output.read_text() == "the earlier report"
+    assert (project / "build" / "failed" / output.name).exists()
 
 
 def test_an_output_can_carry_a_mark_and_failures_a_name_of_their_own(make_notebook, project):
