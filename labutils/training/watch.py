@@ -1,9 +1,8 @@
 """How a run is watched: a live line, a log file, and mirrors in W&B and TensorBoard.
 
-A mirror that fails costs one warning, one that hangs a minute; neither costs the run.
+A mirror that fails costs one warning, not the run.
 """
 
-import atexit
 import functools
 import io
 import netrc
@@ -11,20 +10,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import psutil
 from tqdm import tqdm
 
 from ..base.settings import check, first_line
 
-PATIENCE = 60.0  # seconds that a mirror may take for one call
 _wandb_offline = False  # set by the first failure, so that a sweep waits and warns only once
 Mirror = Callable[[dict[str, float], bool], None]  # takes numbers, and whether they are final
 
@@ -52,42 +47,13 @@ def show_mirrors(mirrors: dict[str, Mirror], row: dict[str, float], final: bool 
 
 
 def _try(name: str, call: Callable[..., Any], *args: Any) -> list[Any]:
-    """[what the call returns], or [] after a warning if it fails or takes longer than PATIENCE."""
+    """[what the call returns], or [] after a warning if it fails."""
     try:
-        return [_start(call, *args).result(PATIENCE)]
-    except Exception as error:
-        reason = first_line(error)
-        if isinstance(error, TimeoutError):
-            reason = f"no answer in {PATIENCE:g} s"
-            _end_wandb(patience=0)
-        problem = f"{name} stopped recording ({reason})"
+        return [call(*args)]
+    except Exception as error:  # a service fails in its own ways
+        problem = f"{name} stopped recording ({first_line(error)})"
         warnings.warn(f"{problem}. The run goes on, and its folder holds it all.", stacklevel=3)
         return []
-
-
-def _start(call: Callable[..., Any], *args: Any) -> Future:
-    """Call in a thread that Python does not wait for when it ends. Returns the future result."""
-    future: Future = Future()
-
-    def work():
-        try:
-            future.set_result(call(*args))
-        except BaseException as error:  # a service fails in its own ways
-            future.set_exception(RuntimeError(first_line(error)))
-
-    Thread(target=work, daemon=True).start()
-    return future
-
-
-def _end_wandb(patience: float | None = None) -> None:
-    """End W&B's service, by force if it hangs: Python would wait for it when it ends."""
-    if "wandb" in sys.modules:
-        ended = _start(sys.modules["wandb"].teardown)
-        if not wait([ended], PATIENCE if patience is None else patience).done:
-            for process in psutil.Process().children(recursive=True):
-                if process.name() == "wandb-core":
-                    process.kill()
-            wait([ended], PATIENCE)
 
 
 def _wandb_login() -> bool:
@@ -121,9 +87,6 @@ def _wandb(run: Any) -> Mirror:
             remedy = "To send them: `wandb login`, then `wandb sync` on the folder wandb of each"
             warnings.warn(f"{problem}. {remedy}.", stacklevel=2)
         _wandb_offline = True
-    # Registered last, it comes before W&B's own, which waits for the service without end.
-    atexit.unregister(_end_wandb)
-    atexit.register(_end_wandb)
 
     def show(numbers, final):
         (record.summary.update if final else record.log)(numbers)
