@@ -1,12 +1,12 @@
 """A tree of image files as arrays: decoded and resized in parallel, then cached."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from ..base.files import atomic_write, data_dir, digest
 from ..base.settings import first_line
@@ -29,63 +29,45 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
     size: side in pixels that images are scaled to; the centre of a longer side is cut out.
     Raises DataError for a tree of another form and for a file that cannot be decoded.
     """
-    found = [split for split in ("train", "val", "test") if (root / split).is_dir()]
-    trees, splits = {split: _image_files(root / split) for split in found}, {}
-    classes = sorted(set().union(*trees.values()))
-    if "train" not in found or len(found) < 2 or not classes:
+    from torchvision.datasets.folder import find_classes, make_dataset  # a second to import
+
+    found, splits = [name for name in ("train", "val", "test") if (root / name).is_dir()], {}
+    if "train" not in found or len(found) < 2:
         problem = f"{root} holds {', '.join(found) or 'none'} of train/, val/, test/"
         needed = "train/CLASS/IMAGE and the same under val/ or test/"
         raise DataError(f"load_data: {problem}. Needed: {needed}.")
+    try:
+        classes = sorted({name for split in found for name in find_classes(root / split)[0]})
+        numbers = {name: number for number, name in enumerate(classes)}
+        trees = {split: make_dataset(root / split, numbers, SUFFIXES) for split in found}
+    except FileNotFoundError as error:
+        needed = f"Each class needs an image in each of {', '.join(found)}"
+        raise DataError(f"load_data: {root}: {str(error).rstrip('.')}. {needed}.") from error
     for split, tree in trees.items():
-        if missing := [name for name in classes if not tree.get(name)]:
-            problem = f"{root / split} has no image of the classes {', '.join(missing)}"
-            hint = f"Add some ({', '.join(SUFFIXES)}) or remove these folders from all splits"
-            raise DataError(f"load_data: {problem}. {hint}.")
-        labels = np.repeat(np.arange(len(classes)), [len(tree[name]) for name in classes])
+        files, labels = zip(*tree)
         # Files come class by class; elsewhere the first images of a set are some of each class.
         order = np.random.default_rng(0).permutation(len(labels))
-        images = _decode_all(root, [file for name in classes for file in tree[name]], size)
-        splits[split] = images[order], labels[order]
+        splits[split] = _decode_all(root, files, size)[order], np.array(labels)[order]
     if "test" not in splits:
         splits["test"] = splits.pop("val")
     return tuple(classes), splits
 
 
-def _image_files(split: Path) -> dict[str, list[Path]]:
-    """The image files of each class, in the order of torchvision's ImageFolder."""
-    classes: dict[str, list[Path]] = {path.name: [] for path in sorted(split.glob("*/"))}
-    # ** follows no links, which could lead in circles.
-    for path in sorted(split.glob("*/**/*"), key=lambda path: (str(path.parent), path.name)):
-        is_image = path.name.lower().endswith(SUFFIXES)
-        if is_image and path.is_file():
-            classes[path.relative_to(split).parts[0]].append(path)
-        elif not path.is_file() and (path.is_symlink() or (is_image and not path.is_dir())):
-            what = "a link to a folder or to nothing, a pipe or a device"
-            raise DataError(f"load_data: {path} is {what}. Replace or remove it.")
-    return classes
-
-
-def _decode_all(root: Path, files: list[Path], size: int) -> np.ndarray:
+def _decode_all(root: Path, files: Sequence[str], size: int) -> np.ndarray:
     """The images of all files, from the cache if they did not change: uint8 [N, 3, size, size]."""
-    read = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    read = [(file, (stat := Path(file).stat()).st_size, stat.st_mtime_ns) for file in files]
     cache = data_dir() / "cache" / f"{root.name}-{size}px-{digest([DECODING, read])}.npz"
     # NumPy reports damage as almost any exception; a damaged cache is made again.
     with suppress(Exception), np.load(cache, allow_pickle=False) as stored:
         return stored["images"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = np.stack(list(pool.map(lambda file: decode(file, size), files)))
-    with suppress(OSError, NotImplementedError):  # then it is decoded anew next time
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache.parent / ".lock", timeout=600):
-            # Whoever wrote these files without holding the lock was killed.
-            for abandoned in cache.parent.glob(".*.tmp"):
-                abandoned.unlink()
-            with atomic_write(cache) as target:
-                np.savez(target, images=images)
+    with suppress(OSError), atomic_write(cache) as target:  # else it is decoded anew next time
+        np.savez(target, images=images)
     return images
 
 
-def decode(path: Path, size: int) -> np.ndarray:
+def decode(path: Path | str, size: int) -> np.ndarray:
     """One image file of any mode (of an animation, the first frame) as uint8 [3, size, size].
 
     The centre of a longer side is cut out. Raises DataError if it cannot be decoded.

@@ -1,7 +1,6 @@
 """Where images come from: LABUTILS_DATA, torchvision, a folder or the package; NumPy arrays all."""
 
 import os
-import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,13 +163,12 @@ def _download(name: str) -> None:
     """Fetch what is not there, into a temporary folder, and move the result when it is whole."""
     from torchvision import datasets
 
-    known, root, timeout = KNOWN[name], data_dir(), socket.getdefaulttimeout()
+    known, root = KNOWN[name], data_dir()
     if (root / known.folder).exists():
         return
     options = {"size": "160px"} if name == "imagenette" else {}
     try:
         root.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(30)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
             getattr(datasets, known.dataset)(temporary, **options, download=True)
             Path(temporary, known.folder).replace(root / known.folder)
@@ -183,12 +181,9 @@ def _download(name: str) -> None:
             "3. set LABUTILS_DATA to a folder that holds it.\n"
             f"The embedded load_data({known.stand_in!r}) answers the same question offline."
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def _folder(name: str, size: int | None) -> Raw:
-    # Not by Path.expanduser, which fails in its own words where there is no such user.
-    root = project_dir() / os.path.expanduser(name.removeprefix("folder:"))  # noqa: PTH111
+    root = project_dir() / Path(name.removeprefix("folder:")).expanduser()
     classes, splits = read_folder(root, size or 64)
     return f"folder {root.name}, {size or 64} px", classes, splits
