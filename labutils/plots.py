@@ -172,12 +172,10 @@ def lines(
 
 
 @_styled
-def dots(
-    table: DataFrame, *, x: str, y: str, hue: str, title: str, marks=None, colors=None
-) -> Figure:
+def dots(table: DataFrame, *, x: str, y: str, hue: str, title: str, marks=None) -> Figure:
     """One row a category y, one colour a hue: mean of x ± standard deviation of the sample.
 
-    marks: name -> category -> value, in grey. colors: the hues' places in PALETTE.
+    marks: name -> category -> value, in grey.
     """
     table, hues = _checked(table, [x], hue, y)
     rows = list(table[y].unique())
@@ -186,7 +184,7 @@ def dots(
     for (name, values), shape in zip(marks.items(), cycle("D|")):
         marked = Series(values, dtype=float).reindex(rows)
         axis.plot(marked, range(len(rows)), shape, ms=8, mfc="none", color=GREY, label=name)
-    for i, (name, color) in enumerate(zip(hues, cycle(colors or (7, 9, 4, 8, 6, 5)))):
+    for i, (name, color) in enumerate(zip(hues, cycle((7, 9, 4, 8, 6, 5)))):
         spread = table[table[hue] == name].groupby(y)[x].agg(["mean", "std"]).reindex(rows)
         heights = np.arange(len(rows)) + 0.56 / max(2, len(hues)) * (i - (len(hues) - 1) / 2)
         look = {"fmt": "o", "ms": 6, "color": PALETTE[color], "label": name}

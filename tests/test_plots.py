@@ -220,12 +220,6 @@ def test_marks_that_nobody_has_are_not_in_the_legend():
     assert names == ["target", "ours", "theirs"]
 
 
-def test_dots_of_a_model_have_the_colour_that_its_curves_have():
-    containers = draw("dots", colors=[2, 3]).axes[0].containers
-    found = [bars.lines[0].get_color() for bars in containers]
-    assert found == [plots.PALETTE[2], plots.PALETTE[3]]
-
-
 def test_lines_go_through_the_means_with_a_tick_at_every_x(figures):
     axis = figures["lines"].axes[0]
     np.testing.assert_allclose(solid(axis)["m"].get_xydata(), [[2, 92.0], [40, 10.0]])
