@@ -6,25 +6,26 @@ import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
+from pydantic import Field
 from torch import nn
 
 from .. import __version__
 from ..base.device import device_name, resolve_device, seed_everything
 from ..base.files import atomic_write, images_dir
-from ..base.settings import TrainConfig
+from ..base.settings import Seed, TrainConfig, check
 from ..data.tensors import ImageData
 from ..training.loop import train
 from ..training.runs import Run, publish
-from . import parameters
 from .claims import ByModel, Score, mean_std
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_SEEDS = Annotated[list[Seed], Field(min_length=1)]
 _COLUMNS = {  # of a table of results, with the digits after the point
     "precision (%)": ("precision", 2),
     "loss (nats)": ("loss", 3),
@@ -34,12 +35,10 @@ _COLUMNS = {  # of a table of results, with the digits after the point
 
 
 def start(profile: str) -> None:
-    """Check the notebook's parameters, seed everything, print what runs where.
+    """Seed everything and print what runs where.
 
     profile: 'quick' or 'full', the notebook's own name for its set of parameters.
-    Raises ValueError naming each parameter whose value is not allowed.
     """
-    parameters.check_session()
     seed_everything(0)
     print(
         f"profile {profile} · labutils {__version__} · torch {torch.__version__} · "
@@ -176,4 +175,7 @@ class Experiment:
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:
-    return parameters.check({"seeds": list(seeds)}, {"seeds": []}, owner="Experiment")["seeds"]
+    seeds = check("Experiment", {"seeds": _SEEDS}, {"seeds": list(seeds)})["seeds"]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"Experiment: seeds = {seeds}. Give each once.")
+    return seeds

@@ -1,14 +1,11 @@
-"""Parameters: read from their cell, and checked by name, type and value, in a kernel as well."""
+"""Parameters: read from their cell, and checked by name and type."""
 
 import re
-import sys
 from pathlib import Path
 
 import nbformat
-import papermill
 import pytest
 import yaml
-from IPython.core.interactiveshell import InteractiveShell
 from nbformat.v4 import new_code_cell, new_notebook
 
 from labutils.notebook import parameters
@@ -42,38 +39,20 @@ DEFAULTS = {
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("seeds", [], "Give at least one value, and none twice. Its default: [0, 1]."),
-        ("seeds", [0, 0, 0], "Give at least one value, and none twice."),
-        ("seeds", [-1], "greater than or equal to 0"),
-        ("seeds", [2**32], "less than"),
         ("seeds", [0, True], "valid integer"),
         ("seeds", 3, "valid list"),
         ("seeds", "(0, 1)", "valid list"),
-        ("depths", [], "at least one"),
-        ("grid_depths", [-1], "greater than 0"),
-        ("grid_widths", [0], "greater than 0"),
-        ("grid_widths", [], "at least one"),
-        ("grid_epochs", 0, "greater than 0"),
+        ("depths", [], "at least 1 item"),
+        ("grid_widths", [], "at least 1 item"),
         ("epochs", "3", "valid integer"),
         ("epochs", 2.5, "valid integer"),
         ("epochs", True, "valid integer"),
         ("epochs", [3], "valid integer"),
-        ("batch_size", 1, "greater than or equal to 2"),
-        ("large_runs", 0, "greater than 0"),
-        ("lrs", [], "at least one"),
-        ("lrs", [0.0], "greater than 0"),
-        ("lr", float("inf"), "finite"),
-        ("lr", float("nan"), "finite"),
+        ("lrs", [], "at least 1 item"),
         ("lr", "0.1", "valid number"),
         ("lr", "1e-3", "valid number"),
         ("momentum", "0.9", "valid number"),
-        ("lr", -1, "greater than 0"),
-        ("distortions", [], "at least one"),
-        ("distortions", [-0.5], "greater than or equal to 0"),
-        ("distortion", -1.0, "greater than or equal to 0"),
-        ("val_size", 0, "greater than 0"),
-        ("val_size", 1.5, "less than 1"),
-        ("profile", "ful", "'quick' or 'full'"),
+        ("distortions", [], "at least 1 item"),
         ("name", 3, "valid string"),
         ("models", [], "at least 1 item"),
         ("models", [3], "valid string"),
@@ -82,13 +61,12 @@ DEFAULTS = {
         ("retrain", "False", "valid boolean"),
     ],
 )
-def test_a_value_that_makes_no_sense_is_refused_in_one_line(name, value, message):
+def test_a_value_of_another_type_is_refused_in_one_line(name, value, message):
     with pytest.raises(ValueError, match=f"^run: 1.1: {name}") as error:
         parameters.check({name: value}, DEFAULTS, owner="run: 1.1")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert re.search(re.escape(repr(value)) + r"|\[\d\] = ", str(error.value))
-    assert str(error.value).endswith(f"Its default: {DEFAULTS[name]!r}.")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +77,6 @@ def test_a_value_that_makes_no_sense_is_refused_in_one_line(name, value, message
         ("lrs", [1, 0.5], [1.0, 0.5]),
         ("distortions", [0], [0.0]),
         ("batch_size", 2, 2),
-        ("val_size", 5000, 5000),
         ("val_size", 0.2, 0.2),
         ("longer_models", ["cnn"], ["cnn"]),
         ("longer_models", [], []),
@@ -108,7 +85,7 @@ def test_a_value_that_makes_no_sense_is_refused_in_one_line(name, value, message
         ("nothing", "anything", "anything"),
     ],
 )
-def test_a_value_that_makes_sense_becomes_one_of_the_type_of_its_default(name, value, checked):
+def test_a_value_that_fits_becomes_one_of_the_type_of_its_default(name, value, checked):
     found = parameters.check({name: value}, DEFAULTS, owner="run: 1.1")
     assert found == {name: checked}
     assert type(found[name]) is type(checked)
@@ -164,77 +141,3 @@ def test_the_cell_gives_names_and_literals(tmp_path):
     write_notebook(tmp_path / "a.ipynb", 'a = 3  # why\nb, c = 1, 2\nd = e = [1, "x"]\nf = 2 * a')
     known = parameters.of_notebook(tmp_path / "a.ipynb")
     assert known == {"a": 3, "d": [1, "x"], "e": [1, "x"], "f": None}
-
-
-# In a kernel
-
-CELL = "profile = 'quick'  # or full\nseeds = [0, 1]\nretrain = True"
-
-
-@pytest.fixture
-def session(monkeypatch):
-    """An IPython session of our own, in which cells can be run."""
-    # IPython puts its own module in this place, from which no process can be spawned.
-    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
-    shell = InteractiveShell.instance()
-    shell.reset()
-    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
-
-    def run(*cells):
-        for cell in cells:
-            shell.run_cell(cell, store_history=True)
-
-    yield run
-    InteractiveShell.clear_instance()
-
-
-def test_outside_of_a_notebook_there_is_nothing_to_check(monkeypatch):
-    assert parameters.check_session() == {}
-    monkeypatch.delitem(sys.modules, "IPython")
-    assert parameters.check_session() == {}
-
-
-def test_a_session_without_a_parameters_cell_has_nothing_to_check(session):
-    session("epochs = 0", "# Parameters\nepochs = 1", "this is no Python")
-    assert parameters.check_session() == {}
-
-
-def test_what_papermill_injected_counts(session):
-    session("import os", "%pwd", CELL, "# Parameters\nseeds = [5]\nretrain = False\n", "x = 0")
-    assert parameters.check_session() == {"profile": "quick", "seeds": [5], "retrain": False}
-
-
-@pytest.mark.parametrize(
-    ("cells", "message"),
-    [
-        ([CELL.replace("[0, 1]", "[]")], r"The parameters cell: seeds = \[\]\. Give at least one"),
-        ([CELL, "# Parameters\nseeds = '[5]'"], r"seeds = '\[5\]'\..* Its default: \[0, 1\]"),
-        ([CELL, "# Parameters\nretrain = 'False'"], r"retrain = 'False'\..* Its default: True"),
-        ([CELL, "# Parameters\nseed = [5]"], r"cell: seed = \[5\]\. .* Did you mean 'seeds'"),
-        ([CELL, "seeds = [0, 0]"], "none twice"),
-        ([CELL, CELL.replace("[0, 1]", "[-1]")], r"seeds\[0\] = -1"),
-    ],
-)
-def test_a_session_is_checked_by_the_same_rules(cells, message, session):
-    session(*cells)
-    with pytest.raises(ValueError, match=message) as error:
-        parameters.check_session()
-    assert "\n" not in str(error.value)
-
-
-def test_a_person_may_run_the_parameters_cell_of_a_report_again(session):
-    session(CELL, "# Parameters\nold = [5]", CELL)
-    assert parameters.check_session()["seeds"] == [0, 1]
-
-
-def test_papermill_alone_notices_an_unknown_name(tmp_path):
-    check = "from labutils.notebook.parameters import check_session\nprint(check_session())"
-    write_notebook(tmp_path / "a.ipynb", CELL, check)
-    output = tmp_path / "b.ipynb"
-    papermill.execute_notebook(tmp_path / "a.ipynb", output, {"seeds": [7]}, progress_bar=False)
-    printed = nbformat.read(output, as_version=4).cells[-1].outputs[0].text
-    assert printed == "{'seeds': [7], 'profile': 'quick', 'retrain': True}\n"
-    with pytest.raises(
-        papermill.PapermillExecutionError, match=r"seed = 7\. .* Did you mean 'seeds'"
-    ):
-        papermill.execute_notebook(tmp_path / "a.ipynb", output, {"seed": 7}, progress_bar=False)
