@@ -19,7 +19,7 @@ from torch import nn
 
 from ..base import device as machine
 from ..base.files import runs_dir
-from ..base.settings import NonNegativeFloat, TrainConfig, check, first_line
+from ..base.settings import NonNegativeFloat, TrainConfig, check
 from ..data.augmentation import resize
 from ..data.tensors import ImageData
 from ..evaluation.metrics import loss_and_accuracy
@@ -46,7 +46,6 @@ def train(
     track: str | list[str] | None = "auto",
     progress: bool = True,
     checkpoint_seconds: float = 30.0,
-    compile: bool = False,
 ) -> Run:
     """Train a classifier, or load the finished run that did exactly this before.
 
@@ -58,8 +57,9 @@ def train(
     config.accumulate: a step is computed in so many parts, whose gradients add up to those of the
         batch; batch norm sees one part at a time. config.image_sizes: images are shrunk to each of
         these in turn, for equal shares of the steps; the last is their own. Scored at full size.
-    checkpoint_seconds: longest time of work that a kill can cost. compile: by torch.compile, which
-        like the device and bf16 changes rounding and dropout's choice, but not the key.
+    checkpoint_seconds: longest time of work that a kill can cost.
+    A model.compile() before, like the device and bf16, changes rounding and dropout's choice, but
+    not the key.
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
     the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows).
@@ -77,15 +77,13 @@ def train(
         with store_lock(run.key):
             # Another process may have finished this very run while we waited for the lock.
             if retrain or not (found := find(run.key, model)):
-                return _train(
-                    run, data, config, teacher, track, progress, checkpoint_seconds, compile
-                )
+                return _train(run, data, config, teacher, track, progress, checkpoint_seconds)
     if progress:
         watch.say(str(found))
     return found
 
 
-def _loop(state, data, config, teacher, forward, after_step, after_epoch) -> str | None:
+def _loop(state, data, config, teacher, after_step, after_epoch) -> str | None:
     """Train on from `state` until a rule, which is returned, or after_step's True ends it."""
     model, optimizer, averaged = state.model, state.optimizer, state.averaged
     steps = _steps(data, config)  # in an epoch
@@ -103,7 +101,7 @@ def _loop(state, data, config, teacher, forward, after_step, after_epoch) -> str
                 if config.image_sizes:
                     images = resize(images, image_size(config, step, steps))
                 with precision:
-                    logits = forward(images)
+                    logits = model(images)
                 logits = logits.float()
                 soft = None if taught is None else taught[state.images :][: len(labels)]
                 loss = batch_loss(logits, labels, soft, config)
@@ -138,7 +136,7 @@ def _steps(data, config) -> int:
     return math.ceil(data.train.num_batches(_part_size(config)) / config.accumulate)
 
 
-def _train(run, data, config, teacher, track, progress, checkpoint_seconds, compile) -> Run:
+def _train(run, data, config, teacher, track, progress, checkpoint_seconds) -> Run:
     """All around the loop: what it starts from, who watches it, what is saved and when."""
     with ExitStack() as stack:
         state = _start_or_continue(run, data, config, stack)
@@ -168,15 +166,7 @@ def _train(run, data, config, teacher, track, progress, checkpoint_seconds, comp
             bar.epoch(state.rows[-1], config.epochs)
             watch.show_mirrors(mirrors, state.rows[-1])
 
-        run.info["compiled"] = compile
-        # Each batch size is compiled on its own: code for any size is slower.
-        forward = torch.compile(run.model, dynamic=False) if compile else run.model
-        try:
-            reason = _loop(state, data, config, teacher, forward, after_step, after_epoch)
-        except torch._dynamo.exc.TorchDynamoException as error:  # the step has not begun
-            bar.warn(f"torch.compile fails here ({first_line(error)}): trained without it")
-            run.info["compiled"] = False
-            reason = _loop(state, data, config, teacher, run.model, after_step, after_epoch)
+        reason = _loop(state, data, config, teacher, after_step, after_epoch)
         _finish(run, state, reason or "interrupted")
         bar.note(run.stop_reason)
     if interrupted and reason:

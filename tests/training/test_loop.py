@@ -1,6 +1,5 @@
 """Training: equal to a bare loop, found again, continued with the same bits, clear in failure."""
 
-import functools
 import itertools
 import json
 import multiprocessing
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._inductor.exc import InductorError
 from torch.nn import functional as F
 
 import labutils as lab
@@ -364,39 +362,15 @@ def test_a_run_keeps_the_number_of_threads_that_it_began_with(data, count, other
     assert_same_run(run, expected)
 
 
-def test_compiling_is_no_part_of_the_key_or_the_weights(data, monkeypatch):
+def test_compiling_is_no_part_of_the_key_or_the_weights(data):
+    config, model = with_changes(epochs=1, ema=0.9), make_model()
     # The compiler itself takes too long for a test; what is compiled for it does not.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    config = with_changes(epochs=1, ema=0.9)
-    run = train(data, config, compile=True)
-    assert run.info["compiled"]
+    model.compile(backend="eager")
+    run = train(data, config, model=model)
     assert list(run.model.state_dict()) == list(make_model().state_dict())
     assert train(data, config).stored
     again = train(data, config, retrain=True)
-    assert not again.info["compiled"]
     torch.testing.assert_close(again.model.state_dict(), run.model.state_dict())
-
-
-def test_what_cannot_be_compiled_is_trained_without_and_this_is_said(data, monkeypatch, capsys):
-    calls = itertools.count(1)
-
-    def compile(model, **options):
-        def call(images):
-            # As when the last batch has another size, for which the model is compiled anew.
-            if next(calls) == 4:
-                raise InductorError(RuntimeError("no compiler\nin g++"), None)
-            return model(images)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", compile)
-    watch.warn.cache_clear()
-    run = train(data, compile=True, progress=True)
-    said = "torch.compile fails here (RuntimeError: no compiler): trained without it\n"
-    assert capsys.readouterr().out == said
-    assert said in (run.path / "train.log").read_text()
-    assert not run.info["compiled"]
-    assert_same_run(run, train(data, retrain=True))
 
 
 def test_a_model_that_is_frozen_in_part_trains_the_rest(data):
