@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import labutils as lab
-from labutils.training import runs, watch
+from labutils.training import runs
 
 
 def pytest_configure() -> None:
@@ -21,10 +21,10 @@ def folders(tmp_path, monkeypatch):
     """No test reads or writes the project's own data, runs and models, or a W&B account."""
     monkeypatch.setenv("LABUTILS_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("LABUTILS_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(watch, "_wandb_offline", False)
     monkeypatch.setattr(runs, "models_dir", lambda: tmp_path / "models")
     for name in ("WANDB_MODE", "WANDB_API_KEY", "JPY_SESSION_NAME"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what a test leaves there is taken away
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     return tmp_path
 

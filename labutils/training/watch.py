@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from ..base.settings import check, first_line
 
-_wandb_offline = False  # set by the first failure, so that a sweep waits and warns only once
 Mirror = Callable[[dict[str, float], bool], None]  # takes numbers, and whether they are final
 
 
@@ -65,7 +64,6 @@ def _wandb_login() -> bool:
 
 
 def _wandb(run: Any) -> Mirror:
-    global _wandb_offline
     # Without this W&B greets on stderr, which would stay in a saved notebook.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -76,17 +74,16 @@ def _wandb(run: Any) -> Mirror:
     mode = os.environ.get("WANDB_MODE") or "online"
     try:
         # Going online without a login would make W&B ask for one.
-        if mode not in ("offline", "dryrun", "disabled") and (_wandb_offline or not _wandb_login()):
+        if mode not in ("offline", "dryrun", "disabled") and not _wandb_login():
             raise ConnectionError("no login found")
         record = wandb.init(id=run.key, mode=mode, **options)
     except Exception as error:
+        os.environ["WANDB_MODE"] = "offline"  # a sweep waits and warns only once
         # Another id than the key, which resumes a record: W&B still holds the one that failed.
         record = wandb.init(id=f"{run.key}-offline", mode="offline", **options)
-        if not _wandb_offline:
-            problem = f"W&B is out of reach ({first_line(error)}): runs are recorded offline"
-            remedy = "To send them: `wandb login`, then `wandb sync` on the folder wandb of each"
-            warnings.warn(f"{problem}. {remedy}.", stacklevel=2)
-        _wandb_offline = True
+        problem = f"W&B is out of reach ({first_line(error)}): runs are recorded offline"
+        remedy = "To send them: `wandb login`, then `wandb sync` on the folder wandb of each"
+        warnings.warn(f"{problem}. {remedy}.", stacklevel=2)
 
     def show(numbers, final):
         (record.summary.update if final else record.log)(numbers)
