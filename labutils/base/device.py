@@ -1,4 +1,4 @@
-"""The machine: devices, seeds, precision, memory format, threads and Ctrl-C."""
+"""The machine: devices, seeds, precision, memory format, threads and signals."""
 
 import os
 import platform
@@ -6,7 +6,8 @@ import random
 import re
 import signal
 import threading
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -95,17 +96,25 @@ def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> i
     return 1 if device.type == "cpu" and flat and small else torch.get_num_threads()
 
 
-def interrupts(stack: ExitStack) -> list[int]:
-    """A list that Ctrl-C puts something into, until the stack ends; a second one acts as always."""
-    seen, before = [], signal.getsignal(signal.SIGINT)
+@contextmanager
+def signals(*numbers: int) -> Iterator[list[int]]:
+    """A list that these signals go into instead of ending the process; a second one acts as always.
 
-    def note(signum, frame):
-        seen.append(signum)
-        signal.signal(signal.SIGINT, before)
+    One that is ignored stays so: a job in the background is not meant by Ctrl-C.
+    """
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in numbers}
 
-    main = threading.current_thread() is threading.main_thread()
-    # A job in the background ignores Ctrl-C, which is meant for the one in the foreground.
-    if main and before not in (signal.SIG_IGN, None):
-        signal.signal(signal.SIGINT, note)
-        stack.callback(signal.signal, signal.SIGINT, before)
-    return seen
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(number, before[number])
+
+    main = threading.current_thread() is threading.main_thread()  # no other is sent any
+    caught = [n for n in numbers if main and before[n] not in (signal.SIG_IGN, None)]
+    for number in caught:
+        signal.signal(number, note)
+    try:
+        yield seen
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])

@@ -25,9 +25,8 @@ def project_dir() -> Path:
 
 
 def _folder(name: str) -> Path:
-    # pathlib's own would raise where ~NAME is no user, or a link leads back to itself.
     path = os.environ.get(f"LABUTILS_{name.upper()}") or project_dir() / name
-    return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
+    return Path(path).expanduser().resolve()
 
 
 data_dir = partial(_folder, "data")  # where data sets are looked for: $LABUTILS_DATA, else data/

@@ -1,6 +1,5 @@
 """Classical classifiers of given features, as scikit-learn pipelines."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -74,22 +73,16 @@ _KINDS = {
 }
 
 
-def probe(
-    kind: str, train: Labelled, val: Labelled, *, choices: Sequence[float] | None = None
-) -> Pipeline:
+def probe(kind: str, train: Labelled, val: Labelled) -> Pipeline:
     """Fit a classifier of standardised features; of its setting, the choice that is best on val.
 
     kind: svm and logistic choose C, the weight of the errors against the penalty; knn the number of
         neighbours; bayes (Gaussian, naive) the share of the largest variance added to all.
     Returns the pipeline, fitted on train alone; probe(...)[-1] is the classifier.
-    Raises ValueError for an unknown kind, no choices, or more neighbours than images.
+    Raises ValueError for an unknown kind, and for knn with fewer than 50 images.
     """
     check("probe", {"kind": Literal[*_KINDS]}, {"kind": kind})
-    classifier, setting, usual = _KINDS[kind]
-    choices = usual if choices is None else choices
-    if not len(choices) or (kind == "knn" and max(choices) > len(train[1])):
-        allowed = f"Give values of {setting}; neighbours at most {len(train[1])}, the images"
-        raise ValueError(f"probe: choices = {choices!r}. {allowed}.")
+    classifier, setting, choices = _KINDS[kind]
     scaler = StandardScaler().fit(train[0])
     features, best = scaler.transform(train[0]), (-1.0, None)
     checked = scaler.transform(val[0])

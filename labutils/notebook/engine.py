@@ -14,8 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import joblib
@@ -50,11 +50,13 @@ def execute_all(
         return 0
     from distributed import Client, LocalCluster
 
+    from ..base.device import signals  # brings torch, which the processes can spare
+
     at_once = min(at_once or joblib.cpu_count(), len(jobs))
     logging.getLogger("distributed").setLevel(logging.CRITICAL + 1)  # we say what matters
     shares = [] if scheduler else machine_shares(at_once)
     with (
-        signals() as stop,
+        signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop,
         nullcontext(scheduler)
         if scheduler
         else LocalCluster(n_workers=at_once, **LOCAL) as cluster,
@@ -74,21 +76,6 @@ def execute_all(
         finally:
             client.cancel(list(waiting))
     return 128 + stop[0] if stop else 0
-
-
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collect what would end this process; a signal that is ignored, as by nohup, stays so."""
-    caught: list[int] = []
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, lambda number, _: caught.append(number))
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def machine_shares(at_once: int) -> list[dict[str, str]]:

@@ -148,7 +148,7 @@ def _train(run, data, config, teacher, track, progress, checkpoint_seconds) -> R
             bar.warn(f"{run.info['device']} does not compute in bf16: trained in float32")
         mirrors = watch.open_mirrors(run, track)
         stack.callback(lambda: watch.show_mirrors(mirrors, state.summary(), final=True))
-        interrupted = machine.interrupts(stack)
+        interrupted = stack.enter_context(machine.signals(signal.SIGINT))
         last_save = time.monotonic()
 
         def after_step(images):

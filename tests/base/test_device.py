@@ -2,8 +2,10 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 
 import numpy as np
@@ -166,3 +168,24 @@ def test_seeding_repeats_python_numpy_and_torch():
     assert draw() == first != second
     device.seed_everything(8)
     assert all(ours != theirs for ours, theirs in zip(draw(), first))
+
+
+def test_signals_are_collected_and_ignored_ones_stay_ignored():
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in [
+            (signal.SIGHUP, signal.SIG_IGN),
+            (signal.SIGTERM, signal.SIG_DFL),
+            (signal.SIGINT, signal.default_int_handler),
+        ]
+    }
+    try:
+        with device.signals(signal.SIGHUP, signal.SIGTERM, signal.SIGINT) as caught:
+            for number in before:
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+        assert caught == [signal.SIGTERM, signal.SIGINT]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -40,17 +40,6 @@ def test_folders_follow_the_environment_else_the_project(variable, folder, tmp_p
         assert look_up() == tmp_path / "project" / folder
 
 
-@pytest.mark.parametrize("variable", ["DATA", "RUNS"])
-def test_a_folder_that_cannot_be_resolved_is_a_path_all_the_same(variable, tmp_path, monkeypatch):
-    look_up = getattr(files, f"{variable.lower()}_dir")
-    monkeypatch.setenv(f"LABUTILS_{variable}", "~no such user/data")
-    assert look_up().name == "data"
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    monkeypatch.setenv(f"LABUTILS_{variable}", str(tmp_path / "loop"))
-    with pytest.raises(OSError, match="loop"):
-        files.write_json(look_up() / "file.json", 1)
-
-
 def test_the_project_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     before = files.project_dir()
     monkeypatch.chdir(tmp_path)

@@ -92,7 +92,7 @@ def test_a_name_does_not_lead_out_of_the_data(name, write_npz, tmp_path):
         read(name)
 
 
-@pytest.mark.parametrize("path", ["~nouser/x", "x" * 300, ""])
+@pytest.mark.parametrize("path", ["x" * 300, ""])
 def test_a_folder_that_cannot_be_is_named(path):
     with pytest.raises(DataError, match=f"^load_data: .*{path}"):
         read(f"folder:{path}")

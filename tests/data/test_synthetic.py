@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from labutils.base.files import project_dir
-from labutils.data import stencils, synthetic
+from labutils.data import synthetic
 from labutils.data.synthetic import SETS, generate
 
 COUNTS = {"shapes10": 150, "shapes100": 150, "scenes10": 20}  # several blocks, the last one cut
@@ -129,12 +129,6 @@ def test_edges_are_smooth_wherever_a_shape_lies(side):
         weight = synthetic._coverage(np.full(40, synthetic.SHAPES.index(shape)), pose, side)
         covered = weight.sum((1, 2, 3)) / 128 * pose.stretch / radius**2
         np.testing.assert_allclose(covered, area, rtol=0.03, err_msg=shape)
-
-
-def test_distances_grow_no_faster_than_the_way():
-    cell = 2 * stencils.REACH / stencils.GRID * 1024
-    for axis in 1, 2:
-        assert abs(np.diff(stencils.distances(), axis=axis)).max() <= cell + 1
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -5,7 +5,7 @@ import pytest
 from sklearn.svm import LinearSVC
 
 import labutils as lab
-from labutils.methods.probes import LinearSVM
+from labutils.methods.probes import _KINDS, LinearSVM
 
 
 def blobs(n, classes=4, seed=0, dims=6):
@@ -48,18 +48,17 @@ def test_a_probe_takes_what_is_best_on_val_and_standardises_by_train(kind):
     assert pipeline[0].mean_ == pytest.approx(train[0].mean(axis=0), abs=1e-5)
 
 
-def test_the_choice_is_made_on_val():
+def test_the_choice_is_made_on_val(monkeypatch):
+    monkeypatch.setitem(_KINDS, "knn", (*_KINDS["knn"][:2], (3, 1)))
     train = np.array([[0.0], [1.0], [1.1], [5.0]]), np.array([0, 1, 0, 1])
     near, far = (np.array([[1.02]]), np.array([1])), (np.array([[0.5]]), np.array([0]))
-    assert lab.probe("knn", train, near, choices=[3, 1])[-1].n_neighbors == 1
-    assert lab.probe("knn", train, far, choices=[3, 1])[-1].n_neighbors == 3
+    assert lab.probe("knn", train, near)[-1].n_neighbors == 1
+    assert lab.probe("knn", train, far)[-1].n_neighbors == 3
 
 
 def test_odd_requests_are_refused():
     train = blobs(20)
     with pytest.raises(ValueError, match="kind = 'forest'"):
         lab.probe("forest", train, train)
-    with pytest.raises(ValueError, match="Give values of C"):
-        lab.probe("svm", train, train, choices=[])
-    with pytest.raises(ValueError, match="neighbours at most 20"):
-        lab.probe("knn", train, train, choices=[21])
+    with pytest.raises(ValueError, match="n_neighbors = 50"):
+        lab.probe("knn", train, train)

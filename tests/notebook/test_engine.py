@@ -155,27 +155,6 @@ def test_nothing_listens_beyond_this_machine_and_nothing_is_left(jobs, pretend, 
     assert capfd.readouterr() == ("", "")
 
 
-def test_signals_are_collected_and_ignored_ones_stay_ignored():
-    before = {
-        number: signal.signal(number, handler)
-        for number, handler in [
-            (signal.SIGHUP, signal.SIG_IGN),
-            (signal.SIGTERM, signal.SIG_DFL),
-            (signal.SIGINT, signal.default_int_handler),
-        ]
-    }
-    try:
-        with engine.signals() as caught:
-            for number in before:
-                os.kill(os.getpid(), number)
-                time.sleep(0.01)
-        assert caught == [signal.SIGTERM, signal.SIGINT]
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def test_workers_share_the_cores_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
