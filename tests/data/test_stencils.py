@@ -26,7 +26,7 @@ def test_distances_grow_no_faster_than_the_way():
 )
 def test_an_outline_encloses_its_area(name, area):
     inside = stencils.distances()[[*stencils.SHAPES, *stencils.THINGS].index(name)] > 0
-    assert inside.mean() * (2 * stencils.REACH) ** 2 == pytest.approx(area, rel=0.02)
+    assert inside.mean() * (2 * stencils.REACH) ** 2 == pytest.approx(area, rel=0.03)
 
 
 def test_a_texture_repeats_without_a_seam():
