@@ -114,7 +114,7 @@ def execute(job: Job) -> None:
         notebook.metadata["labutils"] = {"sweep": job.key}
     with atomic_write(job.output) as file:
         file.write(nbformat.writes(notebook).encode() + b"\n")
-    job.failed.unlink()
+    job.failed.unlink(missing_ok=True)
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
