@@ -26,7 +26,7 @@ METHODS = {
     "eigencam": "EigenCAM",  # Muhammad and Yeasin 2020, https://arxiv.org/abs/2008.00299
     "scorecam": "ScoreCAM",  # Wang et al. 2020, https://arxiv.org/abs/1910.01279
 }
-_AT_ONCE = 64  # images, which stay in the cache of a processor
+_PIXELS = 2**18  # at once, whose maps stay in the cache of a processor: 16 images of 128 px
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def class_activation_map(
     wanted = _wanted(class_idx, len(images), model.head.out_features)
     raws, logits = [], []
     with in_mode(model, training=False), torch.inference_mode():
-        for batch, classes in zip(images.split(_AT_ONCE), wanted.split(_AT_ONCE)):
+        for batch, classes in _batches(images, wanted):
             features = model.features(batch)
             logits.append(model.head(model.pool(features)).float())
             chosen = torch.where(classes < 0, logits[-1].argmax(1).cpu(), classes)
@@ -102,7 +102,7 @@ def explain(
     package = importlib.import_module("pytorch_grad_cam")
     of_class = package.utils.model_targets.ClassifierOutputTarget
     raws, logits = [], []
-    with _left_alone(model):
+    with _left_alone(model, target):
         cam = getattr(package, METHODS[method])(model=model, target_layers=[target])
         compute = cam.get_cam_image
 
@@ -112,10 +112,8 @@ def explain(
 
         cam.get_cam_image = keep
         try:
-            for batch, classes in zip(images.split(_AT_ONCE), wanted.split(_AT_ONCE)):
+            for batch, classes in _batches(images, wanted):
                 targets = None if class_idx is None else [of_class(c) for c in classes.tolist()]
-                # The gradient has to reach the layer also where all weights are frozen.
-                batch = batch.detach().clone().requires_grad_(True)
                 with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a bar an image
                     cam(input_tensor=batch, targets=targets)
                 logits.append(cam.outputs.detach().float())
@@ -124,6 +122,11 @@ def explain(
             cam.activations_and_grads.release()
             del cam.get_cam_image
     return _explanation(raws, logits, wanted, images)
+
+
+def _batches(images: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    count = max(1, _PIXELS // images[0, 0].numel())
+    return zip(images.detach().split(count), wanted.split(count))
 
 
 def _wanted(class_idx: int | Tensor | None, count: int, num_classes: int) -> Tensor:
@@ -190,9 +193,14 @@ def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[nn.Modul
 
 
 @contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Mode, gradients, and what requires one are afterwards what they were."""
+def _left_alone(model: nn.Module, target: nn.Module) -> Iterator[None]:
+    """Gradients begin at the target; afterwards they, and the mode, are what they were.
+
+    Nothing below the target needs one, and the layers above it are the cheap ones.
+    """
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    # A copy, since the next layer may write its result over what it is given.
+    hook = target.register_forward_hook(lambda _, __, maps: maps.requires_grad_(True).clone())
     try:
         with in_mode(model, training=False):
             for p, _, _ in before:
@@ -200,6 +208,7 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
                 p.grad = None
             yield
     finally:
+        hook.remove()
         for p, required, gradient in before:
             p.requires_grad_(required)
             p.grad = gradient

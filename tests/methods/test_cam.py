@@ -129,6 +129,18 @@ def test_other_layers_have_maps_of_their_own_size(layer):
     assert found.maps.shape == (2, 16, 16)
 
 
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_nothing_below_the_layer_is_given_a_gradient(kind):
+    model, needs = make(kind), []
+    model.stages["stage1"].register_forward_hook(
+        lambda _, __, maps: needs.append(maps.requires_grad)
+    )
+    lab.explain(model, some_images(2), layer="stages.stage2")
+    assert not any(needs)
+    lab.explain(model, some_images(2), layer="stages.stage1.0")
+    assert any(needs)
+
+
 def break_inside(monkeypatch):
     import pytorch_grad_cam
 
