@@ -60,6 +60,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/synthetic.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/distillation.py
+	$(BIN)/python benchmarks/cam.py
 	$(BIN)/python benchmarks/time_to_accuracy.py mnist
 	$(BIN)/python benchmarks/time_to_accuracy.py cifar10
 
