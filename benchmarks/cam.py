@@ -129,12 +129,12 @@ def main() -> None:
             count = 2 if turn == 0 or method == "scorecam" else len(images)
             found[method, by] = milliseconds(contestant, model, images[:count])
         turns.append(found)
+    widths, machine = "-".join(map(str, WIDTHS)), f"{device_name(device)}, one thread"
     print(
-        f"CNN {'-'.join(map(str, WIDTHS))}, {options.images:,} images of {SIDE}x{SIDE}x3; median "
-        f"of {options.turns} turns; {device_name(device)}, one thread, torch {torch.__version__}\n\n"
-        "| method | by | ms an image | × plain CAM |"
+        f"CNN {widths}, {options.images:,} images of {SIDE}x{SIDE}x3; median of {options.turns} "
+        f"turns; {machine}, torch {torch.__version__}\n\n"
+        "| method | by | ms an image | × plain CAM |\n|---|---|---|---|"
     )
-    print("|---|---|---|---|")
     for method, by in found:
         median = statistics.median(each[method, by] for each in turns[1:])
         ratio = statistics.median(each[method, by] / each[PLAIN] for each in turns[1:])

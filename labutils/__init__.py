@@ -29,6 +29,7 @@ _EXPORTS = {
     "methods.probes": ["probe"],
     "methods.transfer": ["features", "freeze", "label_budget", "start_from", "swap_head"],
     "methods.pictures": ["save_cam_visualization"],
+    "methods.explorer": ["Explorer"],
     "notebook.claims": ["Claims", "Score", "mean_std", "tabulate"],
     "notebook.experiment": ["Experiment", "start"],
 }

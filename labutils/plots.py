@@ -103,8 +103,11 @@ def image_grid(
 
 
 @_styled
-def explained(image, heat, *, title: str, strength: float = 0.5) -> Figure:
-    """An image, uint8 [C, H, W], its map [H, W] with a colour bar, and the map laid over it."""
+def explained(image, heat, *, title: str, strength: float = 0.5, pixel=None) -> Figure:
+    """An image, uint8 [C, H, W], its map [H, W] with a colour bar, and the map laid over it.
+
+    pixel: (x, y), marked in all three.
+    """
     image, heat = np.asarray(image).transpose(1, 2, 0), np.asarray(heat)
     figure, axes = _figure(title, 9.0, 3.6, columns=3)
     plt.setp(axes, frame_on=False, xticks=[], yticks=[])
@@ -113,6 +116,8 @@ def explained(image, heat, *, title: str, strength: float = 0.5) -> Figure:
         axis.set_title(name, loc="left", fontsize=9, color=GREY)
         if name != "map":
             axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+        for color, width in (("black", 4), ("white", 2)) if pixel else ():
+            axis.plot(*pixel, "+", color=color, ms=13, mew=width)
     drawn = axes[1].imshow(heat, **look)
     axes[2].imshow(heat, alpha=strength, **look)
     figure.colorbar(drawn, ax=axes, label="evidence, relative to the highest", shrink=0.85)

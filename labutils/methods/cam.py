@@ -172,8 +172,8 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
         )
 
 
-def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[nn.Module, int]:
-    """The module of a name, whose output is maps, else ValueError; and the number of classes."""
+def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Module], int]:
+    """The modules whose output is maps of more than a pixel, by name; and the number of classes."""
     seen = set()
 
     def note(part, inputs, output):
@@ -182,13 +182,19 @@ def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[nn.Modul
 
     with register_module_forward_hook(note), in_mode(model, training=False), torch.inference_mode():
         num_classes = model(images[:1]).shape[1]
-    spatial = {each: part for each, part in model.named_modules() if part in seen}
+    named = model.named_modules()
+    return {name: part for name, part in named if name and part in seen}, num_classes
+
+
+def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[nn.Module, int]:
+    """The module of a name, whose output is maps, else ValueError; and the number of classes."""
+    spatial, num_classes = layers_with_maps(model, images)
     stages = [each for each in spatial if each.startswith("stages.") and each.count(".") == 1]
     name = stages[-1] if name is None and stages else name
     if name not in spatial:
-        known = ", ".join(each for each in spatial if each)
+        known = ", ".join(spatial) or "none"
         given = "is not given" if name is None else f"= {name!r} has no maps or does not exist"
-        raise ValueError(f"explain: layer {given}. Layers with maps: {known or 'none'}.")
+        raise ValueError(f"explain: layer {given}. Layers with maps: {known}.")
     return spatial[name], num_classes
 
 

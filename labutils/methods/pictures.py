@@ -51,7 +51,7 @@ def save_cam_visualization(
         wrong = [i for i in of_class if predicted[i] != number][:1]
         chosen = (wrong + [i for i in of_class if i not in wrong])[:per_class]
         for i in sorted(chosen):
-            title = f"True class: {name}. {_said(explanation, classes, i)}"
+            title = f"True class: {name}. {verdict(explanation, classes, i)}"
             path = Path(folder) / re.sub(r"[^\w-]+", "_", name) / f"{i}.png"
             _save(path, images[i].cpu(), maps[i], title)
             written.append(path)
@@ -78,17 +78,15 @@ def explain_file(
     if "classes" not in about:
         problem = f"{run.name}: its card does not tell the classes and the statistics of its data"
         raise RunError(f"{problem}. Train it with retrain=True, or choose another.")
-    classes, (channels, side, width) = about["classes"], about["shape"]
+    classes, (_, side, width) = about["classes"], about["shape"]
     if class_name is not None and class_name not in classes:
         hint = f"{suggestion(class_name, classes)} Known: {', '.join(classes)}."
         raise ValueError(f"cam: class = {class_name!r}.{hint}")
     if side != width:
         raise RunError(f"{run.name}: its images are {side}x{width} pixels. Choose a square one's.")
+    pixels = own_image(image, about["shape"])
     # A whole multiple, so that both show the same part of the image.
-    pixels, shown = (decode(image, side * k) for k in (1, max(1, -(-_SHOWN // side))))
-    pixels = torch.from_numpy(pixels.copy())[None]
-    if channels == 1:
-        pixels = pixels.float().mean(1, keepdim=True).round().byte()
+    shown = decode(image, side * max(1, -(-_SHOWN // side)))
     split = Split(pixels, torch.zeros(1, dtype=torch.int64), about["mean"], about["std"])
     class_idx = None if class_name is None else classes.index(class_name)
     arguments = run.require_model(), split.normalise(pixels)
@@ -96,13 +94,19 @@ def explain_file(
         found = class_activation_map(*arguments, class_idx)
     else:
         found = explain(*arguments, method, layer, class_idx)
-    title = _said(found, classes, 0)
+    title = verdict(found, classes, 0)
     maps = dataclasses.replace(found, size=shown.shape[1:]).maps
     _save(out, shown, maps[0], title)
     return title
 
 
-def _said(explanation: Explanation, classes: Sequence[str], i: int) -> str:
+def own_image(path: Path, shape: Sequence[int]) -> Tensor:
+    """An image file in the shape (C, H, H) of a network's images: uint8 [1, C, H, H]."""
+    pixels = torch.from_numpy(decode(path, shape[1]).copy())[None]
+    return pixels if shape[0] == 3 else pixels.float().mean(1, keepdim=True).round().byte()
+
+
+def verdict(explanation: Explanation, classes: Sequence[str], i: int) -> str:
     """What the network says of image i, and whose evidence is shown if it is another class's."""
     predicted, shown = int(explanation.predicted[i]), int(explanation.classes[i])
     title = f"Predicted: {classes[predicted]}, {100 * float(explanation.confidence[i]):.0f} % sure"
