@@ -131,7 +131,7 @@ def callable_of_plots(name):
 def test_an_explanation_shows_the_image_the_map_and_both(channels):
     image = np.random.default_rng(0).integers(0, 256, (channels, 5, 7), dtype=np.uint8)
     heat = np.arange(35).reshape(5, 7) / 34
-    figure = plots.explained(image, heat, title="T", strength=0.3)
+    figure = plots.explained(image, heat, title="T", strength=0.3, pixel=(6, 1))
     left, middle, right, bar = figure.axes
     (first,), (second,) = left.get_images(), middle.get_images()
     below, above = right.get_images()
@@ -141,6 +141,10 @@ def test_an_explanation_shows_the_image_the_map_and_both(channels):
         assert np.array_equal(drawn.get_array(), heat)
         assert drawn.get_clim() == (0, 1)
     assert above.get_alpha() == 0.3
+    for axis in (left, middle, right):
+        assert all(list(zip(*line.get_data())) == [(6, 1)] for line in axis.get_lines())
+        assert len(axis.get_lines()) == 2  # white on black, seen on any image
+        assert axis.get_xlim() == (-0.5, 6.5)
     assert bar.get_ylabel().startswith("evidence")
 
 
