@@ -39,7 +39,8 @@ import sys
 import labutils as lab
 assert "torch" not in sys.modules
 lab.TrainConfig, lab.MLP, lab.load_data, lab.evaluate, lab.train
-heavy = "wandb tensorboard sklearn matplotlib seaborn pandas pytorch_grad_cam dask IPython"
+heavy = "wandb tensorboard sklearn matplotlib seaborn pandas pytorch_grad_cam dask"
+heavy += " IPython ipywidgets"
 print([name for name in heavy.split() if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -119,11 +119,6 @@ def test_a_network_without_a_plain_map_is_told_what_works(data):
     assert "Raw value" in explorer.message.value
 
 
-def test_labutils_is_imported_without_widgets():
-    code = "import sys, labutils; labutils.plots; sys.exit('ipywidgets' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 CELL = """
 import torch, labutils as lab
