@@ -11,7 +11,7 @@ import signal
 import time
 from contextlib import ExitStack
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field, InstanceOf
@@ -28,7 +28,7 @@ from . import checkpoint, watch
 from .key import identify, run_key
 from .optim import image_size, lr_factor, make_optimizer, require_trainable, stop_reason
 from .runs import Run, RunError, find, finish, open_part, save_weights, store_lock
-from .target import batch_loss, require_teachable
+from .target import Teacher, batch_loss, require_teachable
 
 _KINDS = {"model": InstanceOf[nn.Module], "data": InstanceOf[ImageData]}
 _KINDS |= {"config": InstanceOf[TrainConfig], "checkpoint_seconds": NonNegativeFloat}
@@ -40,7 +40,7 @@ def train(
     data: ImageData,
     config: TrainConfig | None = None,
     *,
-    teacher: Any = None,
+    teacher: Teacher | None = None,
     name: str = "run",
     retrain: bool = False,
     track: str | list[str] | None = "auto",
@@ -51,8 +51,8 @@ def train(
 
     model: float32 [n, C, H, W] -> logits [n, num_classes]. It is moved to the device of the data
         and ends with the weights of the best epoch by config.monitor, unless only the card of the
-        run is published. teacher: a Teacher of methods/distillation.py, who answers beside the
-        labels, as much as config.alpha says; see target.batch_loss.
+        run is published.
+    teacher: who answers beside the labels, as much as config.alpha says; see target.batch_loss.
     name: starts the run's folder. retrain: even if the run is stored.
     track: see watch.open_mirrors. progress: live bar, and a line when a stored run is loaded.
     config.accumulate: a step is computed in so many parts, whose gradients add up to those of the

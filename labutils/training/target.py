@@ -1,6 +1,6 @@
 """What a batch is trained towards: its labels, and a teacher's logits beside them."""
 
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,11 +9,23 @@ from ..base.settings import TrainConfig
 from ..data.tensors import ImageData
 
 
-def require_teachable(teacher: Any, data: ImageData, config: TrainConfig) -> None:
-    """Raise ValueError for a teacher who is missing, not asked or does not fit.
+class Teacher(Protocol):
+    """What `train` asks of a teacher; methods/distillation.py, a room above, has one."""
 
-    teacher: a Teacher of methods/distillation.py, which is above this room, or None.
-    """
+    key: str  # tells what it answers: part of the key of its students' runs
+
+    def require_fit(self, data: ImageData) -> None:
+        """Raise ValueError unless it knows the classes and the images of these data."""
+
+    def lessons(self, data: ImageData, config: TrainConfig, epoch: int, batch_size: int) -> Tensor:
+        """Logits [n, num_classes] for the images of a training epoch, in the order of the batches.
+
+        They are for the very views that the student sees, but at full size.
+        """
+
+
+def require_teachable(teacher: Teacher | None, data: ImageData, config: TrainConfig) -> None:
+    """Raise ValueError for a teacher who is missing, not asked or does not fit."""
     if bool(config.alpha) != (teacher is not None):
         problem = "is given a teacher" if teacher else "has no teacher"
         remedy = "alpha above 0 and a teacher belong together; without both, labels alone count"
