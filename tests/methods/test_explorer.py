@@ -173,7 +173,7 @@ def test_in_jupyterlab_a_control_changes_the_picture_and_an_error_is_read(browse
     picture = page.locator("img.widget-image")
     picture.wait_for(timeout=120_000)
     before = picture.get_attribute("src")
-    page.get_by_label("class", exact=True).select_option(label="owl")
+    page.get_by_label("method", exact=True).select_option(label="eigencam")
     changed = "before => document.querySelector('img.widget-image').src != before"
     page.wait_for_function(changed, arg=before)
     page.get_by_label("file", exact=True).fill("/nowhere.png")
