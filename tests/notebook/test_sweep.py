@@ -378,7 +378,7 @@ class Start:
     err: str
     files: list[str]
     kernels: dict[int, list[str]]  # seed -> process id, threads and epochs of its kernel
-    alive: list[int]  # kernels still there afterwards
+    alive: list[int]  # kernels still there ten seconds later
 
 
 def started(folder, status, out, err):
@@ -387,7 +387,11 @@ def started(folder, status, out, err):
     for path in sorted(folder.glob("kernel*")):
         kernels[int(path.name[-1])] = path.read_text().split()
         path.unlink()
-    alive = [pid for pid, *_ in kernels.values() if Path(f"/proc/{pid}").exists()]
+    deadline = time.monotonic() + 10  # a kernel looks every second whether its parent is there
+    while alive := [pid for pid, *_ in kernels.values() if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     return Start(status, out.splitlines(), err, files, kernels, alive)
 
 
