@@ -16,6 +16,9 @@ from ..models.registry import num_parameters
 def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) -> None:
     """Raise ValueError for what does not fit together; move the model to the data's device."""
     split, shape, classes = data.train, data.image_shape, data.num_classes
+    if config.batch_size > len(split):
+        allowed = f"Choose at most {len(split)}, the images of the training split."
+        raise ValueError(f"train: batch_size = {config.batch_size}. {allowed}")
     require_fit(config.augment, shape)
     if not num_parameters(model):
         raise ValueError("train: the model has no parameter that requires a gradient.")

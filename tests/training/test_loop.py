@@ -812,6 +812,10 @@ def all_frozen():
     ("arguments", "wanted"),
     [
         (
+            {"config": with_changes(batch_size=49)},
+            r"batch_size = 49\. Choose at most 48, the images of",
+        ),
+        (
             {"config": with_changes(augment=lab.Augment(crop=6))},
             "crop = 6 with images of 6x6 pixels: .* at most 5",
         ),
