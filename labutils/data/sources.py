@@ -1,6 +1,7 @@
 """Where images come from: LABUTILS_DATA, torchvision, a folder or the package; NumPy arrays all."""
 
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,12 +164,13 @@ def _download(name: str) -> None:
     """Fetch what is not there, into a temporary folder, and move the result when it is whole."""
     from torchvision import datasets
 
-    known, root = KNOWN[name], data_dir()
+    known, root, before = KNOWN[name], data_dir(), socket.getdefaulttimeout()
     if (root / known.folder).exists():
         return
     options = {"size": "160px"} if name == "imagenette" else {}
     try:
         root.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)  # seconds; a server that falls silent would hang us for ever
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
             getattr(datasets, known.dataset)(temporary, **options, download=True)
             Path(temporary, known.folder).replace(root / known.folder)
@@ -181,6 +183,8 @@ def _download(name: str) -> None:
             "3. set LABUTILS_DATA to a folder that holds it.\n"
             f"The embedded load_data({known.stand_in!r}) answers the same question offline."
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _folder(name: str, size: int | None) -> Raw:

@@ -5,6 +5,7 @@ import gzip
 import io
 import random
 import shutil
+import socket
 import tarfile
 from http.client import BadStatusLine
 from pathlib import Path
@@ -346,6 +347,16 @@ def test_a_failed_download_names_the_embedded_set_that_is_most_alike(monkeypatch
     with pytest.raises(DataError, match=rf"embedded load_data\('{stand_in}'\) answers"):
         read(name)
     assert stand_in in sources.EMBEDDED
+
+
+def test_a_download_does_not_wait_for_ever_for_a_silent_server(monkeypatch):
+    def fetch(*args, **kwargs):
+        raise OSError(f"timeout {socket.getdefaulttimeout()}")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", fetch)
+    with pytest.raises(DataError, match=r"could not be downloaded: timeout 30"):
+        read("mnist")
+    assert socket.getdefaulttimeout() is None
 
 
 def test_an_interrupted_download_leaves_nothing(monkeypatch):
