@@ -1,6 +1,8 @@
 """What `import labutils as lab` gives, and what it costs."""
 
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 
@@ -45,3 +47,25 @@ print([name for name in heavy.split() if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def exported_callables():
+    for name in lab.__all__:
+        value = getattr(lab, name)
+        if inspect.isclass(value):
+            methods = {
+                n: f for n, f in vars(value).items() if n[0] != "_" and inspect.isfunction(f)
+            }
+            yield from ((f"{name}.{method}", function) for method, function in methods.items())
+        if callable(value):
+            yield name, value
+
+
+@pytest.mark.parametrize(("name", "value"), list(exported_callables()))
+def test_a_docstring_says_shapes_of_tensors_and_errors_that_are_raised(name, value):
+    assert inspect.getdoc(value), f"{name} has no docstring"
+    if inspect.isfunction(value):
+        if re.search("Tensor|ndarray", str(inspect.signature(value))):
+            assert re.search(r"\[[^]]+\]", value.__doc__), f"{name}: of which shape is its tensor?"
+        for error in re.findall(r"raise (\w+)\(", inspect.getsource(value)):
+            assert error in value.__doc__, f"{name} raises {error} and does not say so"

@@ -49,7 +49,7 @@ class Split:
         return math.ceil(len(self) / batch_size) - last_is_single
 
     def batches(self, batch_size: int) -> Batches:
-        """All images in their order."""
+        """All images in their order: float32 [n, C, H, W], normalised, and labels int64 [n]."""
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size)):
             yield self.normalise(images), labels
 
@@ -58,9 +58,10 @@ class Split:
     ) -> Batches:
         """The batches of one training epoch, from batch number `start` on, for a run that resumes.
 
-        They depend on seed and epoch alone. A last batch of one image, which batch normalisation
-        cannot take, is left out. augment.flip: 'random' draws half of the images every epoch,
-        'alternating' once, so that two show each both ways (https://arxiv.org/abs/2404.00498).
+        float32 [n, C, H, W] and int64 [n]; they depend on seed and epoch alone. A last batch of one
+        image, which batch normalisation cannot take, is left out. augment.flip: 'random' draws half
+        of the images every epoch, 'alternating' once, so that two show each both ways
+        (https://arxiv.org/abs/2404.00498).
         Raises ValueError if the images are too small for augment.crop or augment.cutout.
         """
         count, device, num_batches = len(self), self.images.device, self.num_batches(batch_size)

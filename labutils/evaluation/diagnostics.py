@@ -58,7 +58,7 @@ def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFra
 
 
 def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
-    """Statistics of each layer's last output; batch as for gradient_norms, running as there.
+    """Statistics of each layer's last output [n, ...]; batch as for gradient_norms, run as there.
 
     Columns: kind; rms, the root mean square over all values of the batch; spread, that of what is
     left of them without the batch's mean image: 0 if the layer cannot tell images apart.

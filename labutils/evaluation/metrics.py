@@ -114,6 +114,7 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Me
 def calibration_bins(logits: Tensor, labels: Tensor) -> pd.DataFrame:
     """Images sorted into 15 equal bins by confidence (Guo 2017, https://arxiv.org/abs/1706.04599).
 
+    logits: float [n, num_classes]. labels: int64 [n].
     Columns: confidence, accuracy, means in the bin, fractions; images, how many, if there are any.
     """
     import pandas as pd

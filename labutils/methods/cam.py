@@ -83,10 +83,10 @@ def explain(
     layer: str | None = None,
     class_idx: int | Tensor | None = None,
 ) -> Explanation:
-    """A map by a method of the package grad-cam; the arguments are those of class_activation_map.
+    """A map by a method of the package grad-cam; returns what class_activation_map does.
 
-    method: a key of METHODS. layer: the name of a module whose output is maps, as in
-        model.named_modules(); None: the last of its stages.
+    images: float [N, C, H, W], normalised; class_idx: as there. method: a key of METHODS. layer:
+        a module whose output is maps, as named in model.named_modules(); None: its last stage.
     The raw map is the package's before it cuts off what is negative and rescales each image. The
     model is left as it was: mode, gradients, what is frozen, hooks, also after an error.
     Raises ValueError for a method or layer that does not exist or has no maps, and as above.
