@@ -158,21 +158,6 @@ def fill_from_neighbours(images: Tensor, gone: Tensor) -> Tensor:
     return torch.stack(filled).to(images.device)
 
 
-def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
-    """Spearman's of each map with the other of its image, both float [N, h, w]: float [N].
-
-    0 where one of the two is the same everywhere.
-    """
-    from scipy.stats import rankdata
-
-    ranked = []
-    for values in (maps, others):
-        ranks = rankdata(values.flatten(1).cpu().numpy(), axis=1)
-        centred = ranks - ranks.mean(1, keepdims=True)
-        ranked.append(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12))
-    return (ranked[0] * ranked[1]).sum(1)
-
-
 def randomisation(
     model: nn.Module, explain: Callable[[nn.Module], Tensor], *, seed: int = 0
 ) -> pd.DataFrame:
@@ -183,13 +168,20 @@ def randomisation(
     One row a layer, named as in named_modules, a column an image: Spearman's rank correlation.
     The model itself is left alone.
     """
+    from scipy.stats import rankdata
+
+    def ranks(maps: Tensor) -> np.ndarray:
+        ranked = rankdata(maps.flatten(1).cpu().numpy(), axis=1)
+        centred = ranked - ranked.mean(1, keepdims=True)
+        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+
     broken, rows = copy.deepcopy(model), {}
-    original = explain(broken)
+    original = ranks(explain(broken))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, layer in reversed(list(broken.named_modules())):
             if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
                 layer.reset_parameters()
                 if not isinstance(layer, nn.BatchNorm2d):
-                    rows[name] = rank_correlation(original, explain(broken))
+                    rows[name] = (original * ranks(explain(broken))).sum(1)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")

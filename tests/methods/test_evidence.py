@@ -157,15 +157,6 @@ def test_neighbours_fill_a_hole_in_a_slope_with_the_slope():
     assert torch.equal(filled, evidence.fill_from_neighbours(slope, square(1, 16)[:, None]))
 
 
-def test_rank_correlation_is_spearmans_and_nothing_for_a_flat_map():
-    rng = np.random.default_rng(0)
-    maps, others = torch.from_numpy(rng.integers(0, 5, (2, 3, 4, 6)).astype(np.float32))
-    expected = [spearmanr(a.flatten(), b.flatten()).statistic for a, b in zip(maps, others)]
-    np.testing.assert_allclose(evidence.rank_correlation(maps, others), expected, atol=1e-12)
-    flat = torch.ones(3, 4, 6)
-    np.testing.assert_array_equal(evidence.rank_correlation(maps, flat), 0)
-
-
 def test_randomisation_compares_ranks_from_the_head_down_and_leaves_the_model_alone():
     torch.manual_seed(0)
     model = lab.CNN((3, 8, 8), 4, widths=[4, 6]).eval()
