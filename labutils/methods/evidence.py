@@ -129,14 +129,20 @@ def fill_grey(images: Tensor, gone: Tensor) -> Tensor:
 
 def fill_blurred(images: Tensor, gone: Tensor) -> Tensor:
     """A strongly blurred image where something is gone, which leaves no edges."""
-    height = images.shape[2]
-    size = max(3, height // 4 * 2 + 1)
-    pad = size // 2
-    blurred = images
-    for _ in range(2):  # twice a box is near enough to a Gaussian
-        padded = F.pad(blurred, (pad,) * 4, mode="reflect")
-        blurred = F.avg_pool2d(padded, size, stride=1)
+    size = max(3, images.shape[2] // 4 * 2 + 1)
+    down, right = (_box_twice(side, size).to(images) for side in images.shape[2:])
+    blurred = down.T @ images @ right
     return torch.where(gone, blurred, images)
+
+
+def _box_twice(side: int, size: int) -> Tensor:
+    """What turns a row of pixels into means of `size` mirrored neighbours, twice: [side, side].
+
+    Twice a box is near enough to a Gaussian; as a matrix it costs the same for every size.
+    """
+    padded = F.pad(torch.eye(side)[None], (size // 2, size // 2), mode="reflect")
+    box = F.avg_pool1d(padded, size, stride=1)[0]
+    return box @ box
 
 
 def fill_from_neighbours(images: Tensor, gone: Tensor) -> Tensor:
@@ -158,6 +164,21 @@ def fill_from_neighbours(images: Tensor, gone: Tensor) -> Tensor:
     return torch.stack(filled).to(images.device)
 
 
+def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
+    """Spearman's of each map with the other of its image, both float [N, h, w]: float [N].
+
+    0 where one of the two is the same everywhere.
+    """
+    from scipy.stats import rankdata
+
+    ranked = []
+    for values in (maps, others):
+        ranks = rankdata(values.flatten(1).cpu().numpy(), axis=1)
+        centred = ranks - ranks.mean(1, keepdims=True)
+        ranked.append(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12))
+    return (ranked[0] * ranked[1]).sum(1)
+
+
 def randomisation(
     model: nn.Module, explain: Callable[[nn.Module], Tensor], *, seed: int = 0
 ) -> pd.DataFrame:
@@ -168,20 +189,13 @@ def randomisation(
     One row a layer, named as in named_modules, a column an image: Spearman's rank correlation.
     The model itself is left alone.
     """
-    from scipy.stats import rankdata
-
-    def ranks(maps: Tensor) -> np.ndarray:
-        ranked = rankdata(maps.flatten(1).cpu().numpy(), axis=1)
-        centred = ranked - ranked.mean(1, keepdims=True)
-        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-
     broken, rows = copy.deepcopy(model), {}
-    original = ranks(explain(broken))
+    original = explain(broken)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, layer in reversed(list(broken.named_modules())):
             if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
                 layer.reset_parameters()
                 if not isinstance(layer, nn.BatchNorm2d):
-                    rows[name] = (original * ranks(explain(broken))).sum(1)
+                    rows[name] = rank_correlation(original, explain(broken))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import uniform_filter
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -155,6 +156,23 @@ def test_neighbours_fill_a_hole_in_a_slope_with_the_slope():
     filled = evidence.fill_from_neighbours(slope, square(1, 16)[:, None])
     assert filled.numpy() == pytest.approx(slope.numpy(), abs=0.06)
     assert torch.equal(filled, evidence.fill_from_neighbours(slope, square(1, 16)[:, None]))
+
+
+def test_blurred_is_a_box_of_half_the_height_twice():
+    images = torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+    filled = evidence.fill_blurred(images, torch.ones(2, 1, 12, 20, dtype=torch.bool))
+    box = {"size": 7, "mode": "mirror", "axes": (2, 3)}
+    expected = uniform_filter(uniform_filter(images.double().numpy(), **box), **box)
+    np.testing.assert_allclose(filled, expected, atol=1e-6)
+
+
+def test_rank_correlation_is_spearmans_and_nothing_for_a_flat_map():
+    rng = np.random.default_rng(0)
+    maps, others = torch.from_numpy(rng.integers(0, 5, (2, 3, 4, 6)).astype(np.float32))
+    expected = [spearmanr(a.flatten(), b.flatten()).statistic for a, b in zip(maps, others)]
+    np.testing.assert_allclose(evidence.rank_correlation(maps, others), expected, atol=1e-12)
+    flat = torch.ones(3, 4, 6)
+    np.testing.assert_array_equal(evidence.rank_correlation(maps, flat), 0)
 
 
 def test_randomisation_compares_ranks_from_the_head_down_and_leaves_the_model_alone():
