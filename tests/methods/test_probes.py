@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 import labutils as lab
@@ -54,6 +57,16 @@ def test_the_choice_is_made_on_val(monkeypatch):
     near, far = (np.array([[1.02]]), np.array([1])), (np.array([[0.5]]), np.array([0]))
     assert lab.probe("knn", train, near)[-1].n_neighbors == 1
     assert lab.probe("knn", train, far)[-1].n_neighbors == 3
+
+
+def test_the_neighbours_vote_as_scikit_learns_do():
+    train, val = blobs(400), blobs(300, seed=1)
+    chosen = lab.probe("knn", train, val)
+    scores = {}
+    for k in _KINDS["knn"][2]:
+        theirs = make_pipeline(StandardScaler(), KNeighborsClassifier(k)).fit(*train)
+        scores[k] = theirs.score(*val)
+    assert scores[chosen[-1].n_neighbors] == max(scores.values()) == chosen.score(*val)
 
 
 def test_odd_requests_are_refused():
