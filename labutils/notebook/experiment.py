@@ -167,7 +167,8 @@ class Experiment:
         chosen = {id(run) for run in weights}
         for _, run, data in self._trained.values():
             rounded = data if half else None
-            publish(run, weights=id(run) in chosen, command=command, half=rounded)
+            exact = f"OMP_NUM_THREADS={run.info['threads']} {command}"  # sums in the same parts
+            publish(run, weights=id(run) in chosen, command=exact, half=rounded)
         for name, figure in figures.items():
             with atomic_write(images_dir() / f"{name}.png") as file:
                 # Without the software's version, so that the same figure is the same file.

@@ -1,6 +1,7 @@
 """An experiment trains, names, remembers, tabulates and publishes the runs of a notebook."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -138,6 +139,9 @@ def test_only_an_experiment_that_publishes_does(data, tmp_path, monkeypatch):
         ex.publish(weights=[score.first], figures={"9.9_line": figure}, half=True)
         cards = sorted(path.name for path in (tmp_path / "models").glob("*.json"))
         assert len(cards) == 2 * publish
+    card = json.loads((tmp_path / "models" / cards[0]).read_text())
+    exact = f"OMP_NUM_THREADS={card['info']['threads']} python -m labutils run 9.9 --profile full"
+    assert card["command"] == f"{exact} -p retrain true"
     weights = list((tmp_path / "models").glob("*.safetensors"))
     assert [path.stem for path in weights] == [f"9.9_tiny_seed0-{score.first.key}"]
     first = (tmp_path / "images" / "9.9_line.png").read_bytes()

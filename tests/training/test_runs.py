@@ -374,7 +374,8 @@ def test_published_runs_are_found_by_what_they_computed():
             if name in weights.split():  # those that were frozen are named there
                 parameter.requires_grad_(False)
         assert lab.num_parameters(model) == info["parameters"]
-        assert card["command"].startswith("python -m labutils run ")
+        exact = rf"OMP_NUM_THREADS={info['threads']} python -m labutils run \d\.\d --profile full "
+        assert re.fullmatch(f"{exact}-p retrain true", card["command"])
 
 
 def test_published_weights_fit_their_models_and_stay_small():
