@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import safetensors.torch as st
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base.files import digest, runs_dir
 from ..base.settings import suggestion
 from ..data.tensors import ImageData, Split
 from ..models import registry
 from ..models.convnets import ConvNet
 from ..models.registry import in_mode
-from ..training.cards import RunError, load_weights
-from ..training.key import remember_origin
+from ..training.cards import RunError, load_weights, save_weights
+from ..training.key import remember_origin, weights_digest
 from ..training.runs import Run
 
+_KEPT = 4e9  # bytes of features, beside the runs
 
-@torch.inference_mode()
+
 def features(
     model: ConvNet,
     split: Split,
@@ -32,13 +38,39 @@ def features(
 
     stages: their names, all by default. grid: maps are averaged over grid x grid parts of the
         image. Returns stage -> float32 [N, channels * grid**2], on the CPU; the model's mode is
-        kept. Raises ValueError for an unknown stage, a grid below 1 or an empty split.
+        kept. They are kept in the folder of runs, found by weights and pixels, and the oldest go
+        when all take more than 4 GB. Raises ValueError for an unknown stage, a grid below 1 or an
+        empty split.
     """
     wanted = list(model.stages) if stages is None else list(stages)
     for name in wanted:
         _place(model, name, "features: stage")
     if grid < 1 or not len(split):
         raise ValueError(f"features: grid = {grid}, {len(split)} images. Give at least 1 of each.")
+    seen = {"images": split.images, "statistics": torch.tensor([split.mean, split.std])}
+    content = [weights_digest(model.state_dict() | seen), str(model), wanted, grid]
+    path = runs_dir() / ".features" / f"{digest(content)}.safetensors"
+    try:
+        kept = st.load(path.read_bytes())
+        return {name: kept[name] for name in wanted}
+    except (FileNotFoundError, SafetensorError):  # or cut short
+        found = _features(model, split, wanted, grid, batch_size)
+    save_weights(path, found)
+    _forget_the_oldest(path)
+    return found
+
+
+def _forget_the_oldest(latest: Path) -> None:
+    taken = 0
+    with contextlib.suppress(FileNotFoundError):  # another process does it
+        for file in sorted(latest.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True):
+            taken += file.stat().st_size
+            if taken > _KEPT and file != latest:
+                file.unlink()
+
+
+@torch.inference_mode()
+def _features(model, split, wanted: list[str], grid: int, batch_size: int) -> dict[str, Tensor]:
     device, found = next(model.parameters()).device, {name: [] for name in wanted}
     with in_mode(model, training=False):
         for images, _ in split.batches(batch_size):

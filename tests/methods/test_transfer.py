@@ -1,6 +1,7 @@
 """Transfer: what is frozen stays bit for bit, a run's key tells what it starts from."""
 
 import copy
+import dataclasses
 import os
 import signal
 
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import labutils as lab
+from labutils.methods import transfer
 from labutils.training import runs
 from labutils.training.key import identify, recorded_key
 from labutils.training.runs import RunError
@@ -47,6 +49,39 @@ def same(one, other):
     """Names of the tensors that are equal to the last bit."""
     other = other.state_dict()
     return {name for name, value in one.state_dict().items() if value.equal(other[name])}
+
+
+def test_features_are_kept_by_weights_and_pixels(data, monkeypatch, tmp_path):
+    model, passes = NETWORKS["CNN"]().eval(), []
+    model.stages["stage1"].register_forward_hook(lambda *_: passes.append(1))
+
+    def asked(split=data.test, **options):
+        passes.clear()
+        return lab.features(model, split, **options)
+
+    first = asked()
+    again = asked(batch_size=3)
+    assert not passes
+    assert all(values.equal(again[name]) for name, values in first.items())
+    asked(dataclasses.replace(data.test, labels=data.test.labels + 1))
+    assert not passes
+    brighter = dataclasses.replace(data.test, mean=(0.1,))
+    for other in {"grid": 2}, {"stages": ["stage2"]}, {"split": data.val}, {"split": brighter}:
+        asked(**other)
+        assert passes
+    with torch.no_grad():
+        model.stages["stage2"][0].weight[0] += 1
+    changed = asked()
+    assert passes
+    assert not changed["stage2"].equal(first["stage2"])
+    folder = tmp_path / "runs" / ".features"
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    assert asked()["stage2"].equal(changed["stage2"])
+    assert passes
+    monkeypatch.setattr(transfer, "_KEPT", 1)
+    asked(grid=3)
+    assert len(list(folder.iterdir())) == 1  # what was asked for last
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
