@@ -61,9 +61,9 @@ def features(
 
 
 def _forget_the_oldest(latest: Path) -> None:
-    taken = 0
+    taken, whole = 0, latest.parent.glob("*.safetensors")  # not what is being written just now
     with contextlib.suppress(FileNotFoundError):  # another process does it
-        for file in sorted(latest.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True):
+        for file in sorted(whole, key=lambda f: f.stat().st_mtime, reverse=True):
             taken += file.stat().st_size
             if taken > _KEPT and file != latest:
                 file.unlink()

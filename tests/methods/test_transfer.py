@@ -84,6 +84,17 @@ def test_features_are_kept_by_weights_and_pixels(data, monkeypatch, tmp_path):
     assert len(list(folder.iterdir())) == 1  # what was asked for last
 
 
+def test_features_that_another_process_is_writing_stay(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(transfer, "_KEPT", 1)
+    folder = tmp_path / "runs" / ".features"
+    folder.mkdir(parents=True)
+    (folder / ".other.safetensors.0123.tmp").write_bytes(b"half of it")
+    for grid in (1, 2):
+        lab.features(NETWORKS["CNN"](), data.test, grid=grid)
+    assert (folder / ".other.safetensors.0123.tmp").exists()
+    assert len(list(folder.glob("*.safetensors"))) == 1
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_features_are_pooled_outputs_of_the_stages(kind, data):
     model = NETWORKS[kind]().train()
