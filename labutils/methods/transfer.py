@@ -55,18 +55,18 @@ def features(
         return {name: kept[name] for name in wanted}
     except (FileNotFoundError, SafetensorError):  # or cut short
         found = _features(model, split, wanted, grid, batch_size)
-    save_weights(path, found)
-    _forget_the_oldest(path)
+    with contextlib.suppress(OSError):  # a full disk, say: what was asked for is here
+        save_weights(path, found)
+        _forget_the_oldest(path)
     return found
 
 
 def _forget_the_oldest(latest: Path) -> None:
     taken, whole = 0, latest.parent.glob("*.safetensors")  # not what is being written just now
-    with contextlib.suppress(FileNotFoundError):  # another process does it
-        for file in sorted(whole, key=lambda f: f.stat().st_mtime, reverse=True):
-            taken += file.stat().st_size
-            if taken > _KEPT and file != latest:
-                file.unlink()
+    for file in sorted(whole, key=lambda f: f.stat().st_mtime, reverse=True):
+        taken += file.stat().st_size  # FileNotFoundError if another process does the same
+        if taken > _KEPT and file != latest:
+            file.unlink()
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import os
 import signal
 
@@ -93,6 +94,18 @@ def test_features_that_another_process_is_writing_stay(data, monkeypatch, tmp_pa
         lab.features(NETWORKS["CNN"](), data.test, grid=grid)
     assert (folder / ".other.safetensors.0123.tmp").exists()
     assert len(list(folder.glob("*.safetensors"))) == 1
+
+
+def test_features_that_cannot_be_kept_are_returned_all_the_same(data, monkeypatch):
+    model = NETWORKS["CNN"]()
+    kept = lab.features(model, data.test)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transfer, "save_weights", full)
+    found = lab.features(model, data.test, grid=2)
+    assert list(found) == list(kept)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
