@@ -39,9 +39,8 @@ def train(make: Callable[[], nn.Module], data: lab.ImageData, config: lab.TrainC
     return lab.train(make(), data, config, progress=False, track=None, retrain=True)
 
 
-def say_where(data: lab.ImageData, n: int) -> None:
-    where = device_name(data.train.images.device)
-    print(f"{where}, torch {torch.__version__}, n = {n}\n")
+def where(data: lab.ImageData) -> str:
+    return f"{device_name(data.train.images.device)}, torch {torch.__version__}"
 
 
 def mnist(device: str) -> None:
@@ -63,7 +62,7 @@ def mnist(device: str) -> None:
     ]
     seconds = [seconds_to(0.98, run) for run in runs]
     accuracies = [100 * run.test(data).accuracy for run in runs]
-    say_where(data, len(runs))
+    print(f"{where(data)}, n = {len(runs)}\n")
     print("| to 98 % on val, median (worst) | all ten epochs | test accuracy (%) |")
     print("|---|---|---|")
     print(
@@ -101,7 +100,7 @@ def cifar10(device: str) -> None:
             0.94,
         ),
     }
-    say_where(data, 1)
+    print(f"{where(data)}, n = 1\n")
     print(
         "| training | goal on val | reached after | all epochs "
         "| val (%) | test (%) | with test-time flip (%) |"

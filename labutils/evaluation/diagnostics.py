@@ -112,15 +112,19 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("layer")
 
 
-def training_flops(model: nn.Module, input_size: Sequence[int]) -> int:
+def training_flops(
+    model: nn.Module, input_size: Sequence[int], image_sizes: Sequence[int] = ()
+) -> int:
     """FLOPs of a forward and a backward pass for one input, as torch counts; input_size as above.
 
+    image_sizes: those of a TrainConfig, which share the steps equally: the mean over them.
     The optimizer and what is no convolution or matrix product are not counted.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    # Of two, since batch norm has nothing to compare one with.
-    inputs = torch.zeros(2, *input_size, device=trained[0].device)
+    sizes = [(input_size[0], side, side) for side in image_sizes] or [input_size]
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        logits = _training_step(model, inputs)
-        torch.autograd.grad(logits.sum(), trained, allow_unused=True)
-    return counter.get_total_flops() // 2
+        for size in sizes:
+            # Of two, since batch norm has nothing to compare one with.
+            logits = _training_step(model, torch.zeros(2, *size, device=trained[0].device))
+            torch.autograd.grad(logits.sum(), trained, allow_unused=True)
+    return counter.get_total_flops() // (2 * len(sizes))

@@ -284,6 +284,13 @@ def test_training_costs_a_backward_pass_for_the_input_and_one_for_the_weights():
     assert model.training
 
 
+def test_images_that_grow_cost_the_mean_of_their_sizes():
+    model = lab.CNN((3, 16, 16), 10, widths=[4, 8])
+    small, full = (lab.training_flops(model, (3, side, side)) for side in (8, 16))
+    assert lab.training_flops(model, (3, 16, 16), image_sizes=(8, 16)) == (small + full) // 2
+    assert lab.training_flops(model, (3, 16, 16), image_sizes=()) == full
+
+
 def test_counting_the_operations_of_training_leaves_the_model_as_it_was():
     model = lab.CNN((3, 16, 16), 10, widths=[4, 8]).eval()
     model(torch.ones(2, 3, 16, 16)).sum().backward()
