@@ -121,7 +121,10 @@ def measured(model: nn.Module, data: lab.ImageData, **found: float) -> dict[str,
 
 def through_labutils(data, model, config, goal=None) -> dict[str, Any]:
     run = lab.train(model, data, config, progress=False, track=None, retrain=True)
-    found = {"seconds": run.seconds, "PFLOP": cost(model, data, run.epochs, config.image_sizes)}
+    images = data.train.num_batches(config.batch_size) * config.batch_size
+    alone = (min(images, len(data.train)) / run.history.images_per_second).sum()
+    found = {"seconds": run.seconds, "without validation": alone}
+    found["PFLOP"] = cost(model, data, run.epochs, config.image_sizes)
     if goal is not None:
         found[f"to {100 * goal:g} % on val"] = seconds_to(goal, run)
     return measured(run.model, data, **found)
@@ -139,8 +142,9 @@ def race(device: str, rounds: int, store: Path) -> None:
 
     def bare(seed: int) -> dict[str, Any]:
         model = fastnet(whole, WIDE, seed)
-        seconds = record(whole, model, seed)
-        return measured(model, whole, seconds=seconds, PFLOP=cost(model, whole, 8))
+        took = record(whole, model, seed)
+        found = {"seconds": took, "without validation": took, "PFLOP": cost(model, whole, 8)}
+        return measured(model, whole, **found)
 
     def published(seed: int) -> dict[str, Any]:
         lab.seed_everything(seed)
@@ -181,10 +185,12 @@ def race(device: str, rounds: int, store: Path) -> None:
                     file.write(json.dumps(rows[-1]) + "\n")
     print(f"{where(part)}\n")
     table = pd.DataFrame(rows).replace(math.inf, math.nan)  # never reached
+    table["TFLOP"] = 1000 * table.pop("PFLOP")
     trainings = table.groupby("training", sort=False)
-    means = trainings.agg(lab.mean_std).drop(columns="seed")
+    n_is_one = "\u00a0(n\u00a0=\u00a01)"  # which has a column
+    means = trainings.agg(lambda values: lab.mean_std(values).removesuffix(n_is_one))
     means.insert(0, "n", trainings.size())
-    table = means.reset_index().astype(str)
+    table = means.drop(columns="seed").reset_index().astype(str)
     for row in [table.columns, ["---"] * table.shape[1], *table.values]:
         print(f"| {' | '.join(row)} |")
 
