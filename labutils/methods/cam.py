@@ -1,8 +1,7 @@
 """Class activation maps: where in an image a network finds what speaks for a class."""
 
-from __future__ import annotations
-
 import contextlib
+import copy
 import importlib
 import io
 from collections.abc import Iterator
@@ -85,42 +84,46 @@ def explain(
 ) -> Explanation:
     """A map by a method of the package grad-cam; returns what class_activation_map does.
 
-    images: float [N, C, H, W], normalised; class_idx: as there. method: a key of METHODS. layer:
-        a module whose output is maps, as named in model.named_modules(); None: its last stage.
+    images: float [N, C, H, W], normalised; class_idx: as there. method: a key of METHODS, or 'cam'
+        for class_activation_map itself. layer: a module whose output is maps, as named in
+        model.named_modules(); None: its last stage.
     The raw map is the package's before it cuts off what is negative and rescales each image. The
     model is left as it was: mode, gradients, what is frozen, hooks, also after an error.
     Raises ValueError for a method or layer that does not exist or has no maps, and as above.
     """
+    if method == "cam":
+        return class_activation_map(model, images, class_idx)
     _check_images(model, images)
     if method not in METHODS:
-        known = ", ".join(METHODS)
-        raise ValueError(
-            f"explain: method = {method!r}.{suggestion(str(method), METHODS)} Known: {known}."
-        )
-    target, num_classes = _layer(model, images, layer)
+        hint = f"{suggestion(str(method), METHODS)} Known: {', '.join(METHODS)}, cam."
+        raise ValueError(f"explain: method = {method!r}.{hint}")
+    name, num_classes = _layer(model, images, layer)
     wanted = _wanted(class_idx, len(images), num_classes)
     package = importlib.import_module("pytorch_grad_cam")
     of_class = package.utils.model_targets.ClassifierOutputTarget
+    # A copy, so that the model stays as it is, whatever happens in here. Gradients begin at the
+    # layer: nothing below it needs one, and the layers above it are the cheap ones.
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    target = model.get_submodule(name)
+    # Cloned, since the next layer may write its result over what it is given.
+    target.register_forward_hook(lambda _, __, maps: maps.requires_grad_(True).clone())
     raws, logits = [], []
-    with _left_alone(model, target):
-        cam = getattr(package, METHODS[method])(model=model, target_layers=[target])
-        compute = cam.get_cam_image
+    cam = getattr(package, METHODS[method])(model=model, target_layers=[target])
+    compute = cam.get_cam_image
 
-        def keep(*args, **kwargs):
-            raws.append(torch.as_tensor(compute(*args, **kwargs)).float())
-            return raws[-1].numpy()
+    def keep(*args, **kwargs):
+        raws.append(torch.as_tensor(compute(*args, **kwargs)).float())
+        return raws[-1].numpy()
 
-        cam.get_cam_image = keep
-        try:
-            for batch, classes in _batches(images, wanted):
-                targets = None if class_idx is None else [of_class(c) for c in classes.tolist()]
-                with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a bar an image
-                    cam(input_tensor=batch, targets=targets)
-                logits.append(cam.outputs.detach().float())
-        finally:
-            # Not by `with cam:`, which swallows an IndexError.
-            cam.activations_and_grads.release()
-            del cam.get_cam_image
+    cam.get_cam_image = keep
+    for batch, classes in _batches(images, wanted):
+        targets = None if class_idx is None else [of_class(c) for c in classes.tolist()]
+        with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a bar an image
+            cam(input_tensor=batch, targets=targets)
+        logits.append(cam.outputs.detach().float())
+    # Not by `with cam:`, which swallows an IndexError. Both end cycles that would keep the graph.
+    cam.activations_and_grads.release()
+    del cam.get_cam_image
     return _explanation(raws, logits, wanted, images)
 
 
@@ -134,11 +137,8 @@ def _wanted(class_idx: int | Tensor | None, count: int, num_classes: int) -> Ten
     if class_idx is None:
         return torch.full((count,), -1)
     wanted = torch.as_tensor(class_idx).cpu()
-    if (
-        wanted.dtype != torch.int64
-        or wanted.shape not in ((), (count,))
-        or not ((wanted >= 0) & (wanted < num_classes)).all()
-    ):
+    fits = wanted.dtype == torch.int64 and wanted.shape in ((), (count,))
+    if not (fits and ((wanted >= 0) & (wanted < num_classes)).all()):
         given = class_idx.tolist() if isinstance(class_idx, Tensor) else class_idx
         allowed = f"0 to {num_classes - 1}, one for all or one for each of {count} images"
         raise ValueError(f"class_idx = {given!r}. Give whole numbers from {allowed}.")
@@ -167,9 +167,8 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if channels not in (None, images.shape[1]):
         problem = f"images have {images.shape[1]} channels, the model takes {channels}"
-        raise ValueError(
-            f"{problem}. Repeat the channel of grey images: images.expand(-1, 3, -1, -1)."
-        )
+        hint = "Repeat the channel of grey images: images.expand(-1, 3, -1, -1)"
+        raise ValueError(f"{problem}. {hint}.")
 
 
 def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Module], int]:
@@ -186,8 +185,8 @@ def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Mod
     return {name: part for name, part in named if name and part in seen}, num_classes
 
 
-def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[nn.Module, int]:
-    """The module of a name, whose output is maps, else ValueError; and the number of classes."""
+def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[str, int]:
+    """The name of a module whose output is maps, else ValueError; and the number of classes."""
     spatial, num_classes = layers_with_maps(model, images)
     stages = [each for each in spatial if each.startswith("stages.") and each.count(".") == 1]
     name = stages[-1] if name is None and stages else name
@@ -195,26 +194,4 @@ def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[nn.Modul
         known = ", ".join(spatial) or "none"
         given = "is not given" if name is None else f"= {name!r} has no maps or does not exist"
         raise ValueError(f"explain: layer {given}. Layers with maps: {known}.")
-    return spatial[name], num_classes
-
-
-@contextlib.contextmanager
-def _left_alone(model: nn.Module, target: nn.Module) -> Iterator[None]:
-    """Gradients begin at the target; afterwards they, and the mode, are what they were.
-
-    Nothing below the target needs one, and the layers above it are the cheap ones.
-    """
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    # A copy, since the next layer may write its result over what it is given.
-    hook = target.register_forward_hook(lambda _, __, maps: maps.requires_grad_(True).clone())
-    try:
-        with in_mode(model, training=False):
-            for p, _, _ in before:
-                p.requires_grad_(False)  # gradients of weights would cost time for nothing
-                p.grad = None
-            yield
-    finally:
-        hook.remove()
-        for p, required, gradient in before:
-            p.requires_grad_(required)
-            p.grad = gradient
+    return name, num_classes

@@ -1,7 +1,5 @@
 """For JupyterLab: one image, where a network looks in it, and the number at a pixel."""
 
-from __future__ import annotations
-
 import html
 import io
 from functools import lru_cache
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import plots
 from ..data.tensors import ImageData
-from .cam import METHODS, Explanation, class_activation_map, explain, layers_with_maps
+from .cam import METHODS, Explanation, explain, layers_with_maps
 from .pictures import own_image, verdict
 
 
@@ -21,13 +19,26 @@ class Explorer(widgets.VBox):
 
     model: classifies the images of `data`, on the same device.
     controls, by name: image: its number in the test split; file: the path of an image of one's own,
-        shown instead while there is one; class, method, layer: as in explain, or 'cam' for the
-        plain map; strength: of the map over the image; x, y: the pixel whose raw value is said.
+        shown instead while there is one; class, method, layer: as in explain; strength: of the
+        map over the image; x, y: the pixel whose raw value is said.
     What goes wrong is said in `message`, and `picture` stays until something can be shown again.
     """
 
     def __init__(self, model: nn.Module, data: ImageData) -> None:
-        self.controls = self._make_controls(model, data)
+        _, height, width = data.image_shape
+        layers, _ = layers_with_maps(model, data.test.normalise(data.test.images[:1]))
+        classes = [("as predicted", None), *((name, k) for k, name in enumerate(data.classes))]
+        once = {"continuous_update": False}  # not for every step on the way
+        self.controls = {
+            "image": widgets.IntSlider(0, max=len(data.test) - 1, **once),
+            "file": widgets.Text(placeholder="path of an image of your own", **once),
+            "class": widgets.Dropdown(options=classes),
+            "method": widgets.Dropdown(options=["cam", *METHODS]),
+            "layer": widgets.Dropdown(options=[("the last stage", None), *zip(layers, layers)]),
+            "strength": widgets.FloatSlider(0.5, max=1.0, step=0.05, **once),
+            "x": widgets.IntSlider(width // 2, max=width - 1, **once),
+            "y": widgets.IntSlider(height // 2, max=height - 1, **once),
+        }
         self.message, self.picture = widgets.HTML(), widgets.Image(format="png")
         self.picture.layout.max_width = "100%"
         rows = widgets.Box([*self.controls.values()], layout={"flex_flow": "row wrap"})
@@ -40,23 +51,6 @@ class Explorer(widgets.VBox):
             control.observe(self._show, "value")
         self._show()
 
-    @staticmethod
-    def _make_controls(model: nn.Module, data: ImageData) -> dict[str, widgets.Widget]:
-        _, height, width = data.image_shape
-        layers, _ = layers_with_maps(model, data.test.normalise(data.test.images[:1]))
-        classes = [("as predicted", None), *((name, k) for k, name in enumerate(data.classes))]
-        once = {"continuous_update": False}  # not for every step on the way
-        return {
-            "image": widgets.IntSlider(0, max=len(data.test) - 1, **once),
-            "file": widgets.Text(placeholder="path of an image of your own", **once),
-            "class": widgets.Dropdown(options=classes),
-            "method": widgets.Dropdown(options=["cam", *METHODS]),
-            "layer": widgets.Dropdown(options=[("the last stage", None), *zip(layers, layers)]),
-            "strength": widgets.FloatSlider(0.5, max=1.0, step=0.05, **once),
-            "x": widgets.IntSlider(width // 2, max=width - 1, **once),
-            "y": widgets.IntSlider(height // 2, max=height - 1, **once),
-        }
-
     def _explain(self, number, file, class_idx, method, layer) -> tuple[Tensor, str, Explanation]:
         """The image, uint8 [C, H, W], what is known of it, and its map."""
         if file:
@@ -65,11 +59,7 @@ class Explorer(widgets.VBox):
         else:
             pixels = self._split.images[number, None]
             about = f"True class: {self._classes[self._split.labels[number]]}"
-        arguments = self._model, self._split.normalise(pixels)
-        if method == "cam":
-            found = class_activation_map(*arguments, class_idx)
-        else:
-            found = explain(*arguments, method, layer, class_idx)
+        found = explain(self._model, self._split.normalise(pixels), method, layer, class_idx)
         return pixels[0].cpu(), about, found
 
     def _show(self, _=None) -> None:

@@ -1,7 +1,5 @@
 """Class activation maps as picture files: of a data set's images, and of an image of your own."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from ..base.settings import suggestion
 from ..data.folder import decode
 from ..data.tensors import Split
 from ..training.runs import Run, RunError
-from .cam import Explanation, class_activation_map, explain
+from .cam import Explanation, explain
 
 _SHOWN = 320  # pixels, at least, of one's own image in its picture
 
@@ -69,8 +67,8 @@ def explain_file(
 ) -> str:
     """Write a picture of where a run's network finds evidence in an image file; returns its title.
 
-    The image is scaled and its centre cut out as the network's own images were. method: 'cam', or
-    one of explain. class_name: whose evidence is shown; None: the predicted class's.
+    The image is scaled and its centre cut out as the network's own images were. method: as in
+    explain. class_name: whose evidence is shown; None: the predicted class's.
     Raises DataError for a file that cannot be decoded, RunError for a run whose card does not tell
     its classes, ValueError for a class, method or layer that does not exist, OSError for `out`.
     """
@@ -89,11 +87,7 @@ def explain_file(
     shown = decode(image, side * max(1, -(-_SHOWN // side)))
     split = Split(pixels, torch.zeros(1, dtype=torch.int64), about["mean"], about["std"])
     class_idx = None if class_name is None else classes.index(class_name)
-    arguments = run.require_model(), split.normalise(pixels)
-    if method == "cam":
-        found = class_activation_map(*arguments, class_idx)
-    else:
-        found = explain(*arguments, method, layer, class_idx)
+    found = explain(run.require_model(), split.normalise(pixels), method, layer, class_idx)
     title = verdict(found, classes, 0)
     maps = dataclasses.replace(found, size=shown.shape[1:]).maps
     _save(out, shown, maps[0], title)
