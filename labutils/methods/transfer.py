@@ -1,7 +1,5 @@
 """What a trained network is worth for other classes: its features, a new head, frozen stages."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -92,20 +90,14 @@ def swap_head(source: Run | ConvNet, num_classes: int) -> ConvNet:
     Raises RunError for a run that is unfinished or whose weights are not stored, ValueError for a
     network that no spec builds or whose tensors are not those of its spec.
     """
-    spec, state = _weights(source)
-    network = registry.build(spec | {"num_classes": num_classes})
-    own = network.state_dict()
-    wrong = [
-        f"{name} {list(state[name].shape) if name in state else 'missing'}, not {list(t.shape)}"
-        for name, t in own.items()
-        if not name.startswith("head.") and (name not in state or state[name].shape != t.shape)
-    ]
-    wrong += [f"{name} is not in {spec['model']}" for name in state if name not in own]
-    if wrong:
-        problem = f"swap_head: the weights do not fit {spec}: {'; '.join(wrong[:3])}"
-        raise ValueError(f"{problem}. Give a network as its spec builds it.")
-    body = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    network.load_state_dict(own | body)
+    trained = _trained(source)
+    network = registry.build(trained.spec | {"num_classes": num_classes})
+    head = {name: t for name, t in network.state_dict().items() if name.startswith("head.")}
+    try:
+        network.load_state_dict(trained.state_dict() | head)
+    except RuntimeError as error:
+        problem = f"swap_head: the weights do not fit {trained.spec}: {error}"
+        raise ValueError(f"{problem} Give a network as its spec builds it.") from error
     if isinstance(source, Run):
         remember_origin(network, source.key, new_head=True)
     return network
@@ -116,9 +108,7 @@ def start_from(run: Run) -> ConvNet:
 
     The run that does so is found again by the key of this one. Raises RunError as swap_head does.
     """
-    spec, state = _weights(run)
-    network = registry.build(spec)
-    network.load_state_dict(state)
+    network = _trained(run)
     remember_origin(network, run.key)
     return network
 
@@ -166,17 +156,17 @@ def _place(model: ConvNet, stage: str, owner: str) -> int:
     return known.index(stage)
 
 
-def _weights(source: Run | ConvNet) -> tuple[dict, dict[str, Tensor]]:
-    """Spec and tensors: of a run those that are stored, whatever became of its network since."""
+def _trained(source: Run | ConvNet) -> ConvNet:
+    """The network that is given; of a run a new one, with the weights that are stored."""
     if not isinstance(source, Run):
         if not (isinstance(source, ConvNet) and hasattr(source, "spec")):
             kind = type(source).__name__
             raise ValueError(f"swap_head: source is {kind}. Give a run or a ConvNet of labutils.")
-        return source.spec, source.state_dict()
+        return source
     if source.stop_reason == "interrupted":
         raise RunError(f"{source.name} is interrupted. Train it to the end, then start from it.")
     source.require_model()
     with torch.random.fork_rng(devices=()):
         network = registry.build(source.info["model"])
     load_weights(network, source.weights)
-    return source.info["model"], network.state_dict()
+    return network

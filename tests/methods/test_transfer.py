@@ -263,9 +263,8 @@ def test_bad_requests_name_what_is_there(source, data):
 def test_weights_that_do_not_fit_are_named():
     model = NETWORKS["CNN"]()
     model.stages["stage1"][0] = torch.nn.Conv2d(1, 9, 3, bias=False)
-    with pytest.raises(
-        ValueError, match=r"stages.stage1.0.weight \[9, 1, 3, 3\], not \[4, 1, 3, 3\]"
-    ):
+    named = r"stages.stage1.0.weight: .*\[9, 1, 3, 3\].*\[4, 1, 3, 3\]"
+    with pytest.raises(ValueError, match=named):
         lab.swap_head(model, 5)
 
 
