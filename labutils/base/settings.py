@@ -7,16 +7,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal, dataclass_transform
 
 import pydantic.dataclasses
-from pydantic import (
-    ConfigDict,
-    Field,
-    Strict,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    with_config,
-)
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError, field_validator
 from typing_extensions import TypedDict  # before Python 3.12, pydantic refuses that of typing
 
 # PyTorch counts in 64 bits; with this bound, products of two sizes still fit.
@@ -32,7 +23,7 @@ _STRICT = ConfigDict(strict=True, extra="forbid")
 
 def check(owner: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values that fit their type hints; else a ValueError, one line a value, that names `owner`."""
-    kind = with_config(_STRICT)(TypedDict(owner, dict(kinds)))
+    kind = pydantic.with_config(_STRICT)(TypedDict(owner, dict(kinds)))
     with _readable_errors(kinds):
         return TypeAdapter(kind).validate_python(dict(values))
 
@@ -114,7 +105,7 @@ class TrainConfig:
 
     @field_validator("accumulate")
     @classmethod
-    def _divides(cls, value: int, info: ValidationInfo) -> int:
+    def _divides(cls, value: int, info: pydantic.ValidationInfo) -> int:
         if info.data.get("batch_size", value) % value:
             raise ValueError(f"It has to divide batch_size = {info.data['batch_size']}")
         return value

@@ -98,10 +98,8 @@ def _npz(name: str, _) -> Raw:
             raise ValueError(f"images [C, H, W] are {shapes[0]} in x_train, {shapes[1]} in x_test")
     except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
         problem = f"load_data: {path} cannot be read ({first_line(error)}). Replace or move it"
-        needed = (
-            "x_train, y_train, x_test, y_test: images uint8 [N, H, W(, 1 or 3)], labels int [N]"
-        )
-        raise DataError(f"{problem}. Needed: {needed}") from error
+        needed = "Needed: x_train, y_train, x_test, y_test: images uint8 [N, H, W(, 1 or 3)]"
+        raise DataError(f"{problem}. {needed}, labels int [N]") from error
     return path.name, _names(path, splits["train"][1], splits["test"][1]), splits
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .stencils import SHAPES
+from .stencils import SHAPES, TEXTURES
 
 # Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html
 CIFAR100 = {
@@ -27,21 +27,17 @@ CIFAR100 = {
     "vehicles 1": "bicycle bus motorcycle pickup_truck train",
     "vehicles 2": "lawn_mower rocket streetcar tank tractor",
 }
-_KNOWN = {name: coarse for coarse, names in CIFAR100.items() for name in names.split()}
+_KNOWN = {n.replace("_", " "): coarse for coarse, names in CIFAR100.items() for n in names.split()}
+_KNOWN |= {f"{shape}, {texture}": shape for shape in SHAPES for texture in TEXTURES}
 
 
 def superclasses(classes: Sequence[str]) -> list[str]:
     """The superclass of each class, of cifar100 or of shapes100, whose superclasses are the shapes.
 
-    A class of shapes100 is a shape with a texture; the ten classes of shapes10 are the shapes.
     Raises ValueError for a class that has none.
     """
-    found = []
-    for name in classes:
-        shape, comma, _ = name.partition(", ")
-        coarse = shape if comma and shape in SHAPES else _KNOWN.get(name.replace(" ", "_"))
-        if coarse is None:
-            hint = "Give the classes of cifar100 or shapes100."
-            raise ValueError(f"superclasses: {name!r} has no superclass. {hint}")
-        found.append(coarse)
-    return found
+    names = [name.replace("_", " ") for name in classes]  # copies of the data have either
+    if unknown := [name for name in names if name not in _KNOWN]:
+        hint = "Give the classes of cifar100 or shapes100."
+        raise ValueError(f"superclasses: {unknown[0]!r} has no superclass. {hint}")
+    return [_KNOWN[name] for name in names]

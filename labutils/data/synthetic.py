@@ -41,12 +41,8 @@ SETS = {
     "scenes10": _Set(4_000, 1_000, 96, (15, 26), 40),
 }
 # The colour of each kind of background: red, green and blue above or below its lightness.
-TINTS = np.array(
-    [
-        *[(60, -30, -30), (45, 5, -50), (30, 25, -55), (-15, 40, -25), (-40, 45, -5)],
-        *[(-45, 15, 30), (-30, -15, 45), (5, -45, 40), (45, -35, -10), (0, 0, 0)],
-    ]
-)
+TINTS = [(60, -30, -30), (45, 5, -50), (30, 25, -55), (-15, 40, -25), (-40, 45, -5)]
+TINTS += [(-45, 15, 30), (-30, -15, 45), (5, -45, 40), (45, -35, -10), (0, 0, 0)]
 CLUTTER, OCCLUDERS = 3, 2  # things behind the object, and in front of it
 Agreement = Literal["kept", "removed", "reversed"]
 _KINDS = {"name": Literal[*SETS], "count": PositiveInt, "seed": Seed}
@@ -112,11 +108,11 @@ def _draw(spec: _Set, labels: np.ndarray, share: float, rng: np.random.Generator
     backgrounds = np.where(rng.random(n) < share, shapes, others)
     sign = np.where(rng.random(n) < 0.5, 1, -1)  # an object lighter or darker than its surroundings
     light = 128 - sign * _between(rng, 0, 50, n)
-    tint, depth = TINTS[backgrounds] + rng.integers(-12, 13, (n, 3)), _between(rng, 6, 15, n)
+    tint = np.array(TINTS)[backgrounds] + rng.integers(-12, 13, (n, 3))
+    depth = _between(rng, 6, 15, n)
     pose = _pose(rng, _between(rng, 0.28, 0.42, n) * side, 0, side)
-    canvas = _textured(
-        backgrounds, pose, side, _rgb(light - depth, tint), _rgb(light + depth, tint)
-    )
+    dark, bright = _rgb(light - depth, tint), _rgb(light + depth, tint)
+    canvas = _textured(backgrounds, pose, side, dark, bright)
     for _ in range(CLUTTER):
         pose = _pose(rng, _between(rng, 0.05, 0.2, n) * side, 0, side)
         thing = rng.integers(len(SHAPES), len(SHAPES) + len(THINGS), n)

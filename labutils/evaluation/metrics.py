@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Metrics:
     """How good a classifier is on one split: fractions in [0, 1], loss in nats."""
 
@@ -34,10 +34,6 @@ class Metrics:
     calibration_error: float  # mean over images of |accuracy - confidence| of their bin
     per_class: list[float]  # accuracy within each class
     confusion: list[list[int]]  # [true class][predicted class], images
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Metrics:
-        return cls(**{**values, "accuracy_interval": tuple(values["accuracy_interval"])})
 
 
 def evaluate(model: nn.Module, split: Split, **options: Any) -> Metrics:

@@ -10,16 +10,14 @@ take 50 passes; a record takes one an epoch, and holds every augmentation.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base import device as machine
 from ..base.files import atomic_write, digest, runs_dir
-from ..base.settings import TrainConfig, check
+from ..base.settings import TrainConfig
 from ..data.tensors import ImageData
 from ..models.registry import in_mode
 from ..training.key import weights_digest
@@ -41,21 +39,15 @@ class Teacher:
     _weights: str = field(init=False, repr=False)  # a run that was trained anew may have others
 
     def __post_init__(self) -> None:
-        count = len(self.run.info["data"]["classes"])
-        kind = list[Annotated[int, Field(ge=0, lt=count)]]
-        check("Teacher", {"classes": kind}, {"classes": list(self.classes)})
-        if self.classes and len(set(self.classes)) < count:
-            allowed = f"Give each of 0 to {count - 1} once, or none."
+        each = range(len(self.run.info["data"]["classes"]))
+        if self.classes and (len(self.classes) > len(each) or {*self.classes} != {*each}):
+            allowed = f"Give each of 0 to {each[-1]} once, or none."
             raise ValueError(f"Teacher: classes = {list(self.classes)}. {allowed}")
-        object.__setattr__(self, "_weights", weights_digest(self._model.state_dict()))
+        object.__setattr__(self, "_weights", weights_digest(self.run.require_model().state_dict()))
 
     @property
     def key(self) -> str:
         return " ".join([self.run.key, *map(str, self.classes)])
-
-    @property
-    def _model(self) -> nn.Module:
-        return self.run.require_model()
 
     def require_fit(self, data: ImageData) -> None:
         """Raise ValueError unless it was trained on such classes and images."""
@@ -95,7 +87,7 @@ class Teacher:
         """What it says of the views of an epoch: float16 [n, num_classes], on the CPU."""
         device, batches = data.train.images.device, []
         precision = machine.usable_precision(self.run.info.get("precision", "float32"), device)
-        model = self._model.to(device)
+        model = self.run.require_model().to(device)
         order = {"seed": config.seed, "epoch": epoch, "augment": config.augment}
         with in_mode(model, training=False), machine.autocast(precision, device):
             for images, _ in data.train.shuffled(batch_size, **order):

@@ -1,7 +1,5 @@
 """Whether a map tells the truth: against known objects, removed pixels and broken networks."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable
@@ -9,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,8 +20,6 @@ def random_maps(n: int, size: tuple[int, int], *, blur: float = 0.0, seed: int =
     blur: standard deviation in pixels of a Gaussian that smooths it. A measure that blurred noise
     does well in favours smooth maps, whatever they show.
     """
-    from scipy.ndimage import gaussian_filter
-
     noise = np.random.default_rng(seed).random((n, *size), dtype=np.float32)
     maps = torch.from_numpy(gaussian_filter(noise, (0, blur, blur)))
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
@@ -50,10 +47,8 @@ def localisation(maps: Tensor, masks: Tensor) -> pd.DataFrame:
         raise ValueError(f"localisation: maps and masks are {shapes}. Give [N, H, W] for both.")
     maps, masks = maps.flatten(1).cpu().double(), masks.flatten(1).cpu().bool()
     if not ((maps >= 0).all() and masks.any(1).all()):
-        problem = "a map is negative somewhere, or a mask is empty"
-        raise ValueError(
-            f"localisation: {problem}. Give the positive part, and images with object."
-        )
+        problem = "localisation: a map is negative somewhere, or a mask is empty"
+        raise ValueError(f"{problem}. Give the positive part, and images with object.")
     # A map of zeros says nothing: like noise, it has the share of the object.
     total, area = maps.sum(1), masks.sum(1)
     chance = area / masks.shape[1]
@@ -169,14 +164,9 @@ def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
 
     0 where one of the two is the same everywhere.
     """
-    from scipy.stats import rankdata
-
-    ranked = []
-    for values in (maps, others):
-        ranks = rankdata(values.flatten(1).cpu().numpy(), axis=1)
-        centred = ranks - ranks.mean(1, keepdims=True)
-        ranked.append(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12))
-    return (ranked[0] * ranked[1]).sum(1)
+    tables = (pd.DataFrame(values.flatten(1).cpu().numpy()) for values in (maps, others))
+    ranks, others_ranks = (table.rank(axis=1) for table in tables)
+    return ranks.corrwith(others_ranks, axis=1).fillna(0).to_numpy()
 
 
 def randomisation(

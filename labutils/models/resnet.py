@@ -1,7 +1,6 @@
 """Residual networks, and their plain twins without the shortcuts."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from ..base.settings import PositiveInt
@@ -58,15 +57,11 @@ class _PlainBlock(BasicBlock):
         return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
 
 
-class _PadShortcut(nn.Module):
+class _PadShortcut(nn.ZeroPad3d):
     """Every second row and column, and zeros for the new channels (option A of He et al. 2016)."""
 
-    def __init__(self, new_channels: int) -> None:
-        super().__init__()
-        self.new_channels = new_channels
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
+        return super().forward(x[:, :, ::2, ::2])
 
 
 def _block(channels: int, out: int, *, residual: bool, project: bool) -> BasicBlock:
@@ -78,5 +73,5 @@ def _block(channels: int, out: int, *, residual: bool, project: bool) -> BasicBl
     if project:
         shortcut = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
     else:
-        shortcut = _PadShortcut(out - channels)
+        shortcut = _PadShortcut((0, 0, 0, 0, 0, out - channels))
     return BasicBlock(channels, out, stride, shortcut)

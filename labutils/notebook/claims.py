@@ -4,8 +4,6 @@ Claims and headline rows travel in the cell outputs under a media type of their 
 ignore and `batch` collects, so that no number is ever copied by hand.
 """
 
-from __future__ import annotations
-
 import functools
 import html
 import math
@@ -14,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+from scipy import stats
 from torch import Tensor
 
 from ..data.tensors import ImageData
@@ -55,7 +54,7 @@ class Score:
                 found[seed] = getattr(run.test(self.data, tta=tta), what)
         return pd.Series(found) * (1 if what.endswith(("loss", "epochs", "seconds")) else 100)
 
-    def __sub__(self, other: Score) -> pd.Series:
+    def __sub__(self, other: "Score") -> pd.Series:
         """Difference of the test accuracies in points, for the seeds that both have."""
         return (self.values() - other.values()).dropna()
 
@@ -68,11 +67,6 @@ class Score:
         precision = self.first.info.get("precision", "float32")
         model, few = self.first.require_model(), 64  # images at once, which stay in the cache
         return predict(model, self.data.test, precision=precision, batch_size=few).cpu()
-
-    @property
-    def hits(self) -> Tensor:
-        """Which test images that run gets right: bool [N]."""
-        return self.logits.argmax(dim=1) == self.data.test.labels.cpu()
 
     def __str__(self) -> str:
         return mean_std(self.values())
@@ -188,14 +182,13 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
     apart = (first - second).dropna()
     evidence = f"{mean_std(first)} against {mean_std(second)} {unit}"
     if len(apart) > 2:
-        from scipy import stats
-
         width = stats.t.ppf(0.975, len(apart) - 1) * apart.std() / math.sqrt(len(apart))
         evidence = f"{evidence}: by {mean_std(apart)} {unit}, n = {len(apart)}"
         return apart.mean() - width, apart.mean() + width, evidence
     if isinstance(one, Score) and isinstance(other, Score) and len(apart):
         try:
-            return _mcnemar(one.hits, other.hits, evidence)
+            right = (s.logits.argmax(dim=1) == s.data.test.labels.cpu() for s in (one, other))
+            return _mcnemar(*right, evidence)
         except RunError:
             evidence += ", no weights stored to compare the images"
     return -math.inf, math.inf, evidence
@@ -203,8 +196,6 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
 
 def _mcnemar(one: Tensor, other: Tensor, evidence: str) -> tuple[float, float, str]:
     """The interval of the difference on the same images; it excludes 0 if the exact test does."""
-    from scipy import stats
-
     n, only, others = len(one), int((one & ~other).sum()), int((other & ~one).sum())
     p = stats.binomtest(only, only + others).pvalue if only + others else 1.0
     gain = 100 * (only - others) / n

@@ -1,15 +1,14 @@
 """What notebooks are written with: the set-up line, and all runs of an exercise in one object."""
 
-from __future__ import annotations
-
 import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
 
@@ -21,9 +20,6 @@ from ..data.tensors import ImageData
 from ..training.loop import train
 from ..training.runs import Run, publish
 from .claims import ByModel, Score, mean_std
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _SEEDS = Annotated[list[Seed], Field(min_length=1)]
 _COLUMNS = {  # of a table of results, with the digits after the point
@@ -82,9 +78,7 @@ class Experiment:
         was interrupted: an unfinished run is no result.
         """
         data, runs = data or self.data, {}
-        words = [
-            value if isinstance(value, str) else f"{n}{value:g}" for n, value in labels.items()
-        ]
+        words = [v if isinstance(v, str) else f"{n}{v:g}" for n, v in labels.items()]
         for seed in self.seeds if seeds is None else _checked(seeds):
             name = "_".join([self.exercise, *words, f"seed{seed}"])
             name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)

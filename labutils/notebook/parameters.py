@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
+import nbformat
 import yaml
 from pydantic import Field
 
@@ -29,8 +30,6 @@ def from_yaml(text: str, *, owner: str) -> Any:
 
 def of_notebook(path: Path) -> dict[str, Any]:
     """Names and literals, else None, of the cell tagged `parameters`. ValueError without one."""
-    import nbformat
-
     for cell in nbformat.read(path, as_version=4).cells:
         if "parameters" in cell.metadata.get("tags", []):
             return _assigned(cell.source)

@@ -3,22 +3,18 @@
 What is finished is kept, so that the same command started again executes only what is missing.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
+
+import pandas as pd
 
 from ..base.files import atomic_write, digest, project_dir
 from . import batch, engine, parameters
 from .batch import Job
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Columns of the table; a name with a space or a bracket is that of no parameter.
 TITLES = {"model": "model name", "dataset": "data set"}
@@ -107,8 +103,6 @@ def table(bundles: Mapping[Job, Mapping]) -> pd.DataFrame:
 
     Those of all runs that differ in nothing but their seeds are pooled. bundles: what was reported.
     """
-    import pandas as pd
-
     rows = []
     for job, bundle in bundles.items():
         for row in bundle.get("headline_rows", []):

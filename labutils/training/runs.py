@@ -4,8 +4,6 @@ A run is a folder NAME-KEY with card.json and its weights, or NAME-KEY.part whil
 A published run is models/NAME-KEY.json, the same card, perhaps with NAME-KEY.safetensors beside it.
 """
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Iterator
@@ -45,7 +43,7 @@ class Run:
     scores: dict[str, metrics.Metrics] = field(default_factory=dict, repr=False)
 
     @property
-    def history(self) -> pd.DataFrame:
+    def history(self) -> "pd.DataFrame":
         """One row an epoch, indexed from 1: losses, accuracies, lr, images_per_second, seconds."""
         import pandas as pd
 
@@ -98,7 +96,7 @@ class Run:
                 warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
         return found
 
-    def _rounded(self, data: ImageData) -> Run:
+    def _rounded(self, data: ImageData) -> "Run":
         """This run, its scores, if any, measured again with weights rounded to float16."""
         self._require_trained_on(data)
         model = copy.deepcopy(self.require_model())
@@ -152,7 +150,7 @@ def open_stored(path: Path, model: nn.Module | None = None) -> Run:
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         run = Run(card["name"], card["key"], card["info"], rows, path, stored=True)
         scores = {name: card[name] for name in ("test", "test_flip") if card.get(name)}
-        run.scores = {k: metrics.Metrics.from_json(values) for k, values in scores.items()}
+        run.scores = {k: metrics.Metrics(**values) for k, values in scores.items()}
         if card["weights"]:
             if card["weights"] != cards.sha256(run.weights):
                 raise ValueError(f"{run.weights.name} is not what was stored with the card")

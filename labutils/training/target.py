@@ -18,10 +18,7 @@ class Teacher(Protocol):
         """Raise ValueError unless it knows the classes and the images of these data."""
 
     def lessons(self, data: ImageData, config: TrainConfig, epoch: int, batch_size: int) -> Tensor:
-        """Logits [n, num_classes] for the images of a training epoch, in the order of the batches.
-
-        They are for the very views that the student sees, but at full size.
-        """
+        """Logits [n, num_classes] for an epoch's views, in order of the batches, at full size."""
 
 
 def require_teachable(teacher: Teacher | None, data: ImageData, config: TrainConfig) -> None:

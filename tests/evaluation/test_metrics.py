@@ -185,7 +185,7 @@ def test_a_constant_classifier():
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_survive_json(case):
     found = metrics_from_logits(*random_case(2, **CASES[case]))
-    again = lab.Metrics.from_json(json.loads(json.dumps(asdict(found), allow_nan=False)))
+    again = lab.Metrics(**json.loads(json.dumps(asdict(found), allow_nan=False)))
     assert again == found
 
 
