@@ -62,6 +62,14 @@ def test_the_raw_map_is_that_of_torch_cam(kind):
     torch.testing.assert_close(lab.class_activation_map(model, images, 2).raw, theirs)
 
 
+def test_explain_by_cam_is_the_plain_map():
+    model, images = make(), some_images(5)
+    one = lab.explain(model, images, "cam", class_idx=2)
+    other = lab.class_activation_map(model, images, 2)
+    assert torch.equal(one.raw, other.raw)
+    assert torch.equal(one.predicted, other.predicted)
+
+
 def test_raw_maps_are_signed():
     model, images = make(), some_images()
     everything = torch.cat([lab.class_activation_map(model, images, k).raw for k in range(5)])
