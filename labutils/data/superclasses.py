@@ -36,8 +36,8 @@ def superclasses(classes: Sequence[str]) -> list[str]:
 
     Raises ValueError for a class that has none.
     """
-    names = [name.replace("_", " ") for name in classes]  # copies of the data have either
-    if unknown := [name for name in names if name not in _KNOWN]:
+    found = {name: _KNOWN.get(name.replace("_", " ")) for name in classes}  # copies have either
+    if unknown := [name for name, coarse in found.items() if coarse is None]:
         hint = "Give the classes of cifar100 or shapes100."
         raise ValueError(f"superclasses: {unknown[0]!r} has no superclass. {hint}")
-    return [_KNOWN[name] for name in names]
+    return [found[name] for name in classes]

@@ -26,3 +26,5 @@ def test_a_generated_class_belongs_to_its_shape():
 def test_a_class_without_a_superclass_is_refused():
     with pytest.raises(ValueError, match="'truck' has no superclass"):
         lab.superclasses(["apple", "truck"])
+    with pytest.raises(ValueError, match="'fire_truck' has no superclass"):  # as it was given
+        lab.superclasses(["fire_truck"])
