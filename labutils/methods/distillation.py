@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..base import device as machine
 from ..base.files import atomic_write, digest, runs_dir
-from ..base.settings import TrainConfig
+from ..base.settings import TrainConfig, check
 from ..data.tensors import ImageData
 from ..models.registry import in_mode
 from ..training.key import weights_digest
@@ -39,9 +39,10 @@ class Teacher:
     _weights: str = field(init=False, repr=False)  # a run that was trained anew may have others
 
     def __post_init__(self) -> None:
-        each = range(len(self.run.info["data"]["classes"]))
-        if self.classes and (len(self.classes) > len(each) or {*self.classes} != {*each}):
-            allowed = f"Give each of 0 to {each[-1]} once, or none."
+        count = len(self.run.info["data"]["classes"])
+        check("Teacher", {"classes": list[int]}, {"classes": list(self.classes)})
+        if self.classes and sorted(self.classes) != [*range(count)]:
+            allowed = f"Give each of 0 to {count - 1} once, or none."
             raise ValueError(f"Teacher: classes = {list(self.classes)}. {allowed}")
         object.__setattr__(self, "_weights", weights_digest(self.run.require_model().state_dict()))
 
