@@ -95,7 +95,8 @@ def explain(
         return class_activation_map(model, images, class_idx)
     _check_images(model, images)
     if method not in METHODS:
-        hint = f"{suggestion(str(method), METHODS)} Known: {', '.join(METHODS)}, cam."
+        known = [*METHODS, "cam"]
+        hint = f"{suggestion(str(method), known)} Known: {', '.join(known)}."
         raise ValueError(f"explain: method = {method!r}.{hint}")
     name, num_classes = _layer(model, images, layer)
     wanted = _wanted(class_idx, len(images), num_classes)
