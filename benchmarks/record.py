@@ -121,8 +121,7 @@ def measured(model: nn.Module, data: lab.ImageData, **found: float) -> dict[str,
 
 def through_labutils(data, model, config, goal=None) -> dict[str, Any]:
     run = lab.train(model, data, config, progress=False, track=None, retrain=True)
-    images = data.train.num_batches(config.batch_size) * config.batch_size
-    alone = (min(images, len(data.train)) / run.history.images_per_second).sum()
+    alone = (len(data.train) / run.history.images_per_second).sum()
     found = {"seconds": run.seconds, "without validation": alone}
     found["PFLOP"] = cost(model, data, run.epochs, config.image_sizes)
     if goal is not None:
