@@ -120,7 +120,7 @@ class ImageData:
     def num_features(self) -> int:
         return math.prod(self.image_shape)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         sizes = f"{len(self.train):,} train, {len(self.val):,} val, {len(self.test):,} test"
         images = f"images of {'x'.join(map(str, self.image_shape))}, {self.num_classes} classes"
         return f"{self.name} from {self.source}: {sizes} {images}, fingerprint {self.fingerprint}"

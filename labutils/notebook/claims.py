@@ -68,7 +68,7 @@ class Score:
         model, few = self.first.require_model(), 64  # images at once, which stay in the cache
         return predict(model, self.data.test, precision=precision, batch_size=few).cpu()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return mean_std(self.values())
 
 

@@ -40,7 +40,7 @@ class Run:
     path: Path  # the run's folder, or the card of a published run
     model: nn.Module | None = None  # of the best epoch; None where only the card was published
     stored: bool = False  # found in the store, not trained by this call
-    scores: dict[str, metrics.Metrics] = field(default_factory=dict, repr=False)
+    scores: dict[str, metrics.Metrics] = field(default_factory=dict)
 
     @property
     def history(self) -> "pd.DataFrame":
@@ -122,7 +122,7 @@ class Run:
             raise RunError(f"{problem}. To have its weights, train with retrain=True.")
         return self.model
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if not self.rows:
             return f"{self.name}: {self.stop_reason} in the first epoch"
         where = "loaded, trained {finished} on {device}, torch {torch}".format(**self.info)

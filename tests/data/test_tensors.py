@@ -97,6 +97,13 @@ def test_the_fingerprint_of_real_data_is_in_the_published_cards(name, monkeypatc
     assert {lab.load_data(name, val_size=0.1, seed=0, device="cpu").fingerprint} == published
 
 
+def test_a_data_set_names_itself_in_a_line(digits):
+    sizes = f"{len(digits.train):,} train, {len(digits.val):,} val, {len(digits.test):,} test"
+    assert sizes in repr(digits)
+    assert digits.fingerprint in repr(digits)
+    assert "\n" not in repr(digits)
+
+
 def replaced(data: lab.ImageData, part: str, **changes) -> lab.ImageData:
     split = dataclasses.replace(getattr(data, part), **changes)
     return dataclasses.replace(data, **{part: split})

@@ -114,9 +114,8 @@ def test_the_results_have_a_row_for_each_score(trained, data):
     scores = {("ours", "tiny"): score}
     table = trained.results(scores, tta=True, published={"tiny": 69.9}, target={})
     row = table.loc[("ours", "tiny")]
-    assert (
-        row["accuracy (%)"] == f"{score.values().mean():.2f}\u00a0±\u00a0{score.values().std():.2f}"
-    )
+    mean, deviation = score.values().mean(), score.values().std()
+    assert row["accuracy (%)"] == repr(score) == f"{mean:.2f}\u00a0±\u00a0{deviation:.2f}"
     assert row["with flip (%)"] == lab.mean_std(score.values(tta=True))
     assert (row["parameters"], row["n"]) == ("610", 3)
     assert row["published (%)"] == "69.9"

@@ -80,7 +80,7 @@ def test_a_run_tells_its_numbers(run):
     assert run.epochs == 2
     assert run.seconds == pytest.approx(sum(run.history.seconds), abs=0.01)
     assert run.stop_reason == "finished all 2 epochs"
-    assert f"val accuracy {100 * best['val_accuracy']:.2f} % at epoch {best['epoch']}" in str(run)
+    assert f"val accuracy {100 * best['val_accuracy']:.2f} % at epoch {best['epoch']}" in repr(run)
 
 
 @pytest.mark.parametrize("weights", [True, False])
