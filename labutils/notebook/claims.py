@@ -153,9 +153,9 @@ class Claims:
                 evidence = f"{score} %, published {known:g} %" if known else f"{score} %"
                 self.add(f"{model} reaches {goal:g} %", values.mean() >= goal, evidence)
             row = {"exercise": self.exercise, "model": model, "dataset": score.data.name}
-            row |= {"metric": "accuracy", "split": "test", "mean": round(values.mean(), 3)}
-            row |= {"std": round(values.std(), 3) if len(values) > 1 else 0.0, "n": len(values)}
-            row |= {"values": [round(value, 3) for value in values], "published": known}
+            row |= {"metric": "accuracy", "split": "test", "mean": float(values.mean())}
+            row |= {"std": float(values.std()) if len(values) > 1 else 0.0, "n": len(values)}
+            row |= {"values": list(values), "published": known}
             row |= {"target": goal, "params": score.first.info["parameters"]}
             row |= {"seconds": round(score.values("seconds").mean(), 1)}
             row |= {"device": score.first.info["device"], "headline": headline}
