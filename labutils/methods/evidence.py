@@ -84,6 +84,11 @@ def quadrant(maps: Tensor, index: int) -> Tensor:
     return mask
 
 
+def ranks(maps: Tensor) -> Tensor:
+    """The place of each pixel in the order of its map [N, H, W], 0 for the highest: int64."""
+    return maps.flatten(1).argsort(dim=1, descending=True).argsort(dim=1).view_as(maps)
+
+
 def removal(
     model: nn.Module,
     images: Tensor,
@@ -104,11 +109,10 @@ def removal(
     https://arxiv.org/abs/1806.07421; ROAD of Rong et al. 2022, https://arxiv.org/abs/2202.00449,
     depends on the fill alone).
     """
-    ranks = maps.flatten(1).argsort(dim=1, descending=True).argsort(dim=1).view_as(maps)[:, None]
-    pixels, curves = ranks[0].numel(), {}
+    ranked, pixels, curves = ranks(maps)[:, None], maps[0].numel(), {}
     with in_mode(model, training=False), torch.inference_mode():
         for fraction in np.linspace(0, 1, steps + 1):
-            highest = (ranks < round(fraction * pixels)).to(images.device)
+            highest = (ranked < round(fraction * pixels)).to(images.device)
             gone = ~highest if keep else highest
             changed = fill(images, gone)
             logits = torch.cat([model(batch).float() for batch in changed.split(64)])

@@ -16,6 +16,8 @@ class ResNet(ConvNet):
     depth: 18, with four stages of two blocks and projections where the shape changes; or 6n + 2 for
         the CIFAR family of section 4.2: three stages of n blocks, shortcuts padded with zeros.
     width: channels of the first stage, by default 64 and 16; each stage doubles them.
+    stem_stride: 2 lets the first convolution halve the size, to a quarter of the operations, which
+        small images cannot spare and photographs can.
     residual: False leaves out the shortcuts of the CIFAR family: the plain twin, whose parameters
         are the same in name, number and shape. There is none at depth 18.
     """
@@ -27,6 +29,7 @@ class ResNet(ConvNet):
         *,
         depth: int = 18,
         width: PositiveInt | None = None,
+        stem_stride: PositiveInt = 1,
         residual: bool = True,
     ) -> None:
         if depth != 18 and depth not in range(8, 10_000, 6):
@@ -36,7 +39,7 @@ class ResNet(ConvNet):
             raise ValueError(f"ResNet: residual = False with depth = 18: {hint}")
         blocks = [2] * 4 if depth == 18 else [(depth - 2) // 6] * 3
         channels = width = width or (64 if depth == 18 else 16)
-        stages = {"stem": nn.Sequential(*conv_norm_relu(image_shape[0], width))}
+        stages = {"stem": nn.Sequential(*conv_norm_relu(image_shape[0], width, stride=stem_stride))}
         for index, count in enumerate(blocks):
             out = width * 2**index
             inputs = [channels, *[out] * (count - 1)]

@@ -39,6 +39,15 @@ def test_resnet18_computes_what_torchvisions_does_with_the_same_weights():
     torch.testing.assert_close(ours(images), theirs.eval()(images))
 
 
+def test_a_stem_of_stride_2_is_every_second_place_of_the_full_one():
+    full, halved = (lab.ResNet(IMAGES, 10, width=4, stem_stride=s).eval() for s in (1, 2))
+    halved.load_state_dict(full.state_dict())
+    images = noise(2, *IMAGES)
+    stems = [model.stages["stem"](images) for model in (full, halved)]
+    torch.testing.assert_close(stems[1], stems[0][..., ::2, ::2])
+    assert halved.features(images).shape[2:] == (2, 2)
+
+
 @pytest.mark.parametrize("depth", [8, 20, 32, 56])
 def test_the_plain_twin_has_the_same_weights_and_computes_something_else(depth):
     models = []
