@@ -119,6 +119,7 @@ def test_a_network_without_a_plain_map_is_told_what_works(data):
     assert "Raw value" in explorer.message.value
 
 
+SESSION = "window.jupyterapp?.shell.currentWidget?.sessionContext"
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 CELL = """
 import torch, labutils as lab
@@ -169,7 +170,9 @@ def test_in_jupyterlab_a_control_changes_the_picture_and_an_error_is_read(browse
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(address)
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=60_000)
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    # A cell that is run before the kernel answers is forgotten, and its promise never settles.
+    page.wait_for_function(f"{SESSION}?.session?.kernel?.status == 'idle'", timeout=60_000)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
     picture = page.locator("img.widget-image")
     picture.wait_for(timeout=120_000)
     before = picture.get_attribute("src")
