@@ -161,7 +161,7 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
 def lines(
     table: DataFrame, *, x: str, y: str, hue: str, title: str, style=None, log_x=False
 ) -> Figure:
-    """y over x; style: a column of two values, solid and dotted; log_x: with a tick at every x."""
+    """y over x; style: a column of two values, solid and dotted; log_x: ticks at values of x."""
     table, colors = _checked(table, [x, y], hue, *([style] if style else []))
     _, (axis,) = _figure(title, 7.2, 4.4)
     note = ""
@@ -171,7 +171,8 @@ def lines(
     _describe(axis, y, table.groupby([hue, style or hue, x]).size(), note)
     if log_x:
         ticks = sorted(table[x][table[x] > 0].unique())
-        axis.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:g}" for tick in ticks])
+        ticks = [tick for tick, left in zip(ticks, [0, *ticks]) if tick > 1.15 * left]
+        axis.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:.4g}" for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
     return _named(axis, colors)
 

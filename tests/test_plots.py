@@ -127,6 +127,12 @@ def callable_of_plots(name):
     return getattr(getattr(plots, name), "__module__", None) == plots.__name__ and name[0] != "_"
 
 
+def test_ticks_of_a_logarithmic_axis_are_values_that_do_not_touch():
+    table = results()["lines"].iloc[:4].assign(depth=[96.4293, 241.07, 257.14, 1908.2])
+    axis = draw("lines", table).axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["96.43", "241.1", "1908"]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_explanation_shows_the_image_the_map_and_both(channels):
     image = np.random.default_rng(0).integers(0, 256, (channels, 5, 7), dtype=np.uint8)
