@@ -170,8 +170,11 @@ def lines(
         note += f"{kind} {'···' if note else '—'}   " if style else ""
     _describe(axis, y, table.groupby([hue, style or hue, x]).size(), note)
     if log_x:
-        ticks = sorted(table[x][table[x] > 0].unique())
-        ticks = [tick for tick, left in zip(ticks, [0, *ticks]) if tick > 1.15 * left]
+        values = sorted(table[x][table[x] > 0].unique())
+        ticks, room = values[:1], (values[-1] / values[0]) ** 0.1  # a label's: a tenth of the axis
+        for value in values:
+            if value > room * ticks[-1]:
+                ticks.append(value)
         axis.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:.4g}" for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
     return _named(axis, colors)
