@@ -171,9 +171,9 @@ def lines(
     _describe(axis, y, table.groupby([hue, style or hue, x]).size(), note)
     if log_x:
         values = sorted(table[x][table[x] > 0].unique())
-        ticks, room = values[:1], (values[-1] / values[0]) ** 0.1  # a label's: a tenth of the axis
-        for value in values:
-            if value > room * ticks[-1]:
+        ticks = []
+        for value in values:  # a label takes a tenth of the axis
+            if not ticks or value / ticks[-1] > (values[-1] / values[0]) ** 0.1:
                 ticks.append(value)
         axis.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:.4g}" for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())

@@ -133,6 +133,12 @@ def test_ticks_of_a_logarithmic_axis_are_values_that_do_not_touch():
     assert [label.get_text() for label in axis.get_xticklabels()] == ["96.43", "241.1", "1908"]
 
 
+def test_a_logarithmic_axis_without_a_positive_value_has_no_ticks():
+    with pytest.warns(UserWarning, match="no positive values"):
+        axis = draw("lines", results()["lines"].assign(depth=0)).axes[0]
+    assert not axis.get_xticklabels()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_explanation_shows_the_image_the_map_and_both(channels):
     image = np.random.default_rng(0).integers(0, 256, (channels, 5, 7), dtype=np.uint8)
