@@ -155,11 +155,12 @@ def main() -> int:
         parser.error(f"--only {options.only!r}: no mutant has these words in its name ({names})")
     exercises = sorted({exercise for mutant in chosen for exercise in mutant.exercises})
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        whole = copy(folder)
         for exercise in exercises:
-            if cell := noticed_by_notebook(copy(folder), exercise):
+            if cell := noticed_by_notebook(whole, exercise):
                 print(f"{exercise} fails unbroken, in {cell}. Mend that first.")
                 return 1
-        if test := noticed_by_units(copy(folder)):
+        if test := noticed_by_units(whole):
             print(f"{test} fails unbroken. Mend that first.")
             return 1
         print("| broken on purpose | " + " | ".join(exercises) + " | unit test |")
