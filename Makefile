@@ -13,7 +13,7 @@ help:
 	@echo 'make robust   the notebooks again, as other processors and thread counts would run them'
 	@echo 'make report   execute the full profile into reports/ and rebuild the tables'
 	@echo 'make store    execute the notebooks in place: refresh their stored outputs'
-	@echo 'make results  rebuild reports/results.json and the tables of README.md'
+	@echo 'make results  rebuild reports/results.json and the tables of both READMEs'
 	@echo 'make verify   test all weights in models/ again, against their cards (needs the data)'
 	@echo 'make bench    print the tables of benchmarks/README.md (two need real data)'
 	@echo 'make lint     ruff and the import order'
@@ -50,7 +50,7 @@ results: .venv/ready
 	$(BIN)/python -m labutils results
 
 store: .venv/ready
-	$(BIN)/python -m labutils run all --out notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m labutils run all --out notebooks
 
 verify: .venv/ready
 	$(BIN)/python -m labutils verify

@@ -1,4 +1,4 @@
-"""Train, compare, transfer and explain small neural networks, reproducibly.
+"""Train, compare, transfer, distil and explain small neural networks, reproducibly.
 
 `import labutils as lab` gives what notebooks use, looked up on first use: the import is quick.
 """

@@ -88,7 +88,7 @@ def sweep(notebook, profile, axes, out, jobs, scheduler) -> int:
     """Execute NOTEBOOK once for each combination of values, and print a table of the scores.
 
     \b
-    python -m labutils sweep 1.1 -p lr 0.003,0.01 -p seed 0,1,2 --jobs 3     six, three at a time
+    python -m labutils sweep 1.1 -p epochs 10,30 -p seed 0,1,2 --jobs 3      six, three at a time
     python -m labutils sweep 1.1 -p grid_widths "[3, 10],[64]"               two lists
     python -m labutils sweep 1.1 --profile full -p epochs 20,40              the rest as in full
 

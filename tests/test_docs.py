@@ -1,5 +1,6 @@
 """What the documentation tells people to type works as it stands."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from labutils.__main__ import commands
+from labutils.notebook import parameters, sweep
 from labutils.notebook.batch import find_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,9 +19,10 @@ EXAMPLES = [
     for name, text in TEXTS.items()
     for number, example in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
+HELP = [inspect.getdoc(command.callback) for command in commands.commands.values()]
 COMMANDS = {
     command.strip()
-    for text in TEXTS.values()
+    for text in [*TEXTS.values(), *HELP]
     for command in re.findall(r"python -m labutils (.+?)(?:`|  |\n|$)", text)
 }
 
@@ -34,8 +37,14 @@ def test_an_example_runs(example, tmp_path, monkeypatch):
 def test_a_command_is_understood(command):
     name, *arguments = shlex.split(command)
     given = commands.commands[name].make_context(name, arguments).params
-    if given.get("notebook", "X") != "X":
-        assert find_notebooks(given["notebook"])
+    if given.get("notebook", "X") == "X":
+        return
+    path, *others = find_notebooks(given["notebook"])
+    if name == "sweep":
+        assert sweep.grid(path, given["axes"])
+    elif not others:
+        values = {key: parameters.from_yaml(text, owner=key) for key, text in given["given"]}
+        parameters.check(values, parameters.of_notebook(path), owner=command)
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -311,7 +311,7 @@ def test_a_stored_notebook_is_executed_clean_and_free_of_this_machine(path):
     notebook = nbformat.reads(text, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in code)
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
     assert "widgets" not in notebook.metadata
     assert notebook.metadata.kernelspec.name == "python3"
     for cell in code:
@@ -329,6 +329,7 @@ def test_a_notebook_has_the_anatomy_that_readers_know(path):
     assert first.cell_type == "markdown"
     assert re.match(r"# \d\.\d .+\n", first.source)
     assert "**Question:**" in first.source
+    assert "**Answer:**" in first.source
     report = ROOT / "reports" / path.name  # a link only to what is there
     assert (f"../reports/{path.name}" in first.source) == report.exists()
     parameters = notebook.cells[1]

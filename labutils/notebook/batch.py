@@ -176,7 +176,7 @@ def _fill(page: Path, name: str, table: str) -> str:
 
 def findings(root: Path) -> str:
     """A line for each notebook, as a table: its question, and what its report found."""
-    head = "| exercise | question | what the report found | claims that hold |"
+    head = "| exercise | question | what the report found | claims: hold / not settled / fail |"
     lines = [head, "|---" * 4 + "|"]
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         title = "".join(read(path).cells[0].source).splitlines()[0]  # which JSON keeps in lines
@@ -185,7 +185,7 @@ def findings(root: Path) -> str:
         if report.exists():
             bundle = reported(read(report))
             verdicts = [claim["verdict"] for claim in bundle["rows"]]
-            held = f"{verdicts.count('holds')} of {len(verdicts)}"
+            held = " / ".join(str(verdicts.count(v)) for v in ("holds", "not settled", "fails"))
             found = f"[{bundle['headline']}](reports/{path.name})"
         lines.append(f"| [{number}](notebooks/{path.name}) | {question} | {found} | {held} |")
     return "\n".join(lines)

@@ -194,7 +194,7 @@ def test_findings_say_which_notebook_has_no_report_yet(project):
         nbformat.write(new_notebook(cells=cells), project / "notebooks" / f"{name}.ipynb")
     first, second = batch.findings(project).splitlines()[2:]
     known = "[1.1](notebooks/1.1_mlp.ipynb) | Does capacity pay? | [99 %](reports/1.1_mlp.ipynb)"
-    assert first == f"| {known} | 2 of 3 |"
+    assert first == f"| {known} | 2 / 0 / 1 |"
     assert second == "| [1.2](notebooks/1.2_res.ipynb) | Why? | not made yet | – |"
 
 
