@@ -129,9 +129,13 @@ class Claims:
         verdict = True if low > by else False if high < by else None
         self.add(claim, verdict, evidence)
 
-    def below(self, claim: str, less: Any, more: Any, **options: Any) -> None:
-        """Claim that one score lies below another; options as for above."""
-        self.above(claim, more, less, **options)
+    def below(
+        self, claim: str, less: Any, more: Any, *, by: float = 0.0, unit: str = "points"
+    ) -> None:
+        """Claim that one score lies below another by more than `by`; arguments as for above."""
+        low, high, evidence = _compare(less, more, unit)
+        verdict = True if high < -by else False if low > -by else None
+        self.add(claim, verdict, evidence)
 
     def close(self, claim: str, one: Any, other: Any, *, within: float) -> None:
         """Claim that two scores differ by less than `within` points; arguments as for above."""

@@ -57,6 +57,15 @@ def test_scores_of_several_seeds_are_compared_by_the_paired_t_test(one, other, b
     assert verdict("below", other, one, by=by) == expected
 
 
+@pytest.mark.parametrize("method", ["above", "below"])
+def test_the_evidence_has_the_two_sides_in_the_order_of_the_claim(method):
+    claims = lab.Claims("9.9")
+    getattr(claims, method)("a claim", pd.Series([1.0, 2.0, 3.0]), pd.Series([9.0, 8.0, 9.0]))
+    assert claims.rows["a claim"]["evidence"].startswith(
+        "2.00\u00a0±\u00a01.00 against 8.67\u00a0±\u00a00.58 points: by -6.67"
+    )
+
+
 @given(accuracies, accuracies)
 def test_close_means_that_the_whole_interval_is_within(one, other):
     n = min(len(one), len(other))
