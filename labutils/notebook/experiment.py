@@ -158,11 +158,13 @@ class Experiment:
         if not self.publishes:
             return
         command = f"python -m labutils run {self.exercise} --profile full -p retrain true"
-        chosen = {id(run) for run in weights}
+        chosen, known = {run.key for run in weights}, {}
         for _, run, data in self._trained.values():
+            known.setdefault(run.key, (run, data))  # found again by other labels: published once
+        for key, (run, data) in known.items():
             rounded = data if half else None
             exact = f"OMP_NUM_THREADS={run.info['threads']} {command}"  # sums in the same parts
-            publish(run, weights=id(run) in chosen, command=exact, half=rounded)
+            publish(run, weights=key in chosen, command=exact, half=rounded)
         for name, figure in figures.items():
             with atomic_write(images_dir() / f"{name}.png") as file:
                 # Without the software's version, so that the same figure is the same file.

@@ -125,6 +125,17 @@ def test_the_results_have_a_row_for_each_score(trained, data):
     assert table.index.names == ["recipe", "model"]
 
 
+def test_a_run_that_is_found_again_by_other_labels_keeps_its_published_weights(data, tmp_path):
+    ex = lab.Experiment("9.9", data, seeds=[0], publish=True)
+    score = ex.fit(make_model, CONFIG, model="tiny")
+    ex.fit(make_model, CONFIG, part="grid")
+    ex.publish(weights=[score.first], figures={})
+    stored = {path.name for path in (tmp_path / "models").iterdir()}
+    assert stored == {
+        f"9.9_tiny_seed0-{score.first.key}{kind}" for kind in (".json", ".safetensors")
+    }
+
+
 def test_only_an_experiment_that_publishes_does(data, tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
