@@ -43,9 +43,7 @@ def __getattr__(name: str):
         return importlib.import_module(".plots", __name__)
     if name not in _HOME:
         raise AttributeError(f"labutils has no {name!r}. It exports: {', '.join(__all__)}.")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, dataclass_transform
@@ -39,6 +40,9 @@ def _readable_errors(known: Iterable[str]) -> Iterator[None]:
             name, *rest = problem["loc"]
             where = str(name) + "".join(f"[{part}]" for part in rest if isinstance(part, int))
             hint = "" if name in known else f"{suggestion(where, known)} Known: {', '.join(known)}."
+            if problem["type"] == "literal_error":  # its message lists what is known
+                allowed = re.findall("'([^']+)'", problem["ctx"]["expected"])
+                hint = suggestion(str(problem["input"]), allowed)
             why = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{error.title}: {where} = {problem['input']!r}. {why}.{hint}")
         raise ValueError("\n".join(lines)) from None

@@ -41,7 +41,6 @@ def evaluate(model: nn.Module, split: Split, **options: Any) -> Metrics:
     return metrics_from_logits(predict(model, split, **options), split.labels)
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module, split: Split, *, batch_size=1024, precision="float32", tta=False
 ) -> Tensor:
@@ -55,8 +54,8 @@ def predict(
         raise ValueError("evaluate: the split is empty. Give one with at least one image.")
     check("evaluate", {"precision": Precision}, {"precision": precision})
     device = next((parameter.device for parameter in model.parameters()), split.images.device)
-    batches = []
-    with in_mode(model, training=False), autocast(usable_precision(precision, device), device):
+    precision, batches = usable_precision(precision, device), []
+    with in_mode(model, training=False), torch.inference_mode(), autocast(precision, device):
         for images, _ in split.batches(batch_size):
             images = images.to(device)
             logits = model(images)

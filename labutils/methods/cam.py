@@ -6,13 +6,14 @@ import importlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from ..base.settings import suggestion
+from ..base.settings import check
 from ..models.convnets import ConvNet
 from ..models.registry import in_mode
 
@@ -94,10 +95,7 @@ def explain(
     if method == "cam":
         return class_activation_map(model, images, class_idx)
     _check_images(model, images)
-    if method not in METHODS:
-        known = [*METHODS, "cam"]
-        hint = f"{suggestion(str(method), known)} Known: {', '.join(known)}."
-        raise ValueError(f"explain: method = {method!r}.{hint}")
+    check("explain", {"method": Literal[*METHODS, "cam"]}, {"method": method})
     name, num_classes = _layer(model, images, layer)
     wanted = _wanted(class_idx, len(images), num_classes)
     package = importlib.import_module("pytorch_grad_cam")

@@ -39,12 +39,12 @@ class Teacher:
     _weights: str = field(init=False, repr=False)  # a run that was trained anew may have others
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_weights", weights_digest(self.run.require_model().state_dict()))
         count = len(self.run.info["data"]["classes"])
         check("Teacher", {"classes": list[int]}, {"classes": list(self.classes)})
         if self.classes and sorted(self.classes) != [*range(count)]:
             allowed = f"Give each of 0 to {count - 1} once, or none."
             raise ValueError(f"Teacher: classes = {list(self.classes)}. {allowed}")
-        object.__setattr__(self, "_weights", weights_digest(self.run.require_model().state_dict()))
 
     @property
     def key(self) -> str:

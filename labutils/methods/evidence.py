@@ -78,9 +78,8 @@ def mosaics(images: Tensor) -> Tensor:
 def quadrant(maps: Tensor, index: int) -> Tensor:
     """The mask of a mosaic's quadrant 0 to 3, for maps [n, 2 H, 2 W]: bool, of the same shape."""
     mask = torch.zeros(maps.shape, dtype=torch.bool)
-    height, width = maps.shape[1] // 2, maps.shape[2] // 2
     down, right = divmod(index, 2)
-    mask[:, down * height :, right * width :][:, :height, :width] = True
+    mask.unflatten(2, (2, -1)).unflatten(1, (2, -1))[:, down, :, right] = True
     return mask
 
 

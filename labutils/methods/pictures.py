@@ -4,13 +4,14 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import plots
 from ..base.files import atomic_write
-from ..base.settings import suggestion
+from ..base.settings import check
 from ..data.folder import decode
 from ..data.tensors import Split
 from ..training.runs import Run, RunError
@@ -77,9 +78,7 @@ def explain_file(
         problem = f"{run.name}: its card does not tell the classes and the statistics of its data"
         raise RunError(f"{problem}. Train it with retrain=True, or choose another.")
     classes, (_, side, width) = about["classes"], about["shape"]
-    if class_name is not None and class_name not in classes:
-        hint = f"{suggestion(class_name, classes)} Known: {', '.join(classes)}."
-        raise ValueError(f"cam: class = {class_name!r}.{hint}")
+    check("cam", {"class": Literal[*classes] | None}, {"class": class_name})
     if side != width:
         raise RunError(f"{run.name}: its images are {side}x{width} pixels. Choose a square one's.")
     pixels = own_image(image, about["shape"])

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch as st
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.files import digest, runs_dir
-from ..base.settings import suggestion
+from ..base.settings import check
 from ..data.tensors import ImageData, Split
 from ..models import registry
 from ..models.convnets import ConvNet
@@ -41,8 +42,7 @@ def features(
         empty split.
     """
     wanted = list(model.stages) if stages is None else list(stages)
-    for name in wanted:
-        _place(model, name, "features: stage")
+    check("features", {"stages": list[Literal[*model.stages]]}, {"stages": wanted})
     if grid < 1 or not len(split):
         raise ValueError(f"features: grid = {grid}, {len(split)} images. Give at least 1 of each.")
     seen = {"images": split.images, "statistics": torch.tensor([split.mean, split.std])}
@@ -67,10 +67,9 @@ def _forget_the_oldest(latest: Path) -> None:
             file.unlink()
 
 
-@torch.inference_mode()
 def _features(model, split, wanted: list[str], grid: int, batch_size: int) -> dict[str, Tensor]:
     device, found = next(model.parameters()).device, {name: [] for name in wanted}
-    with in_mode(model, training=False):
+    with in_mode(model, training=False), torch.inference_mode():
         for images, _ in split.batches(batch_size):
             maps = images.to(device)
             for name, stage in model.stages.items():
@@ -136,24 +135,14 @@ def freeze(model: ConvNet, *, up_to: str) -> ConvNet:
     """Keep all stages up to and with this one as they are, bit for bit; returns the model.
 
     Their parameters require no gradient, and ConvNet.train leaves them in evaluation mode, so that
-    running statistics stay and nothing is dropped. Raises ValueError for an unknown stage, and for
-    'head', which would leave nothing to train.
+    running statistics stay and nothing is dropped. Raises ValueError for what is no stage, such as
+    'head': it is left to train.
     """
-    if up_to == "head":
-        hint = f"Choose one of {', '.join(model.stages)}, so that the head is left"
-        raise ValueError(f"freeze: up_to = 'head' leaves nothing to train. {hint}.")
-    last = _place(model, up_to, "freeze: up_to")
-    for stage in [*model.stages.values()][: last + 1]:
+    check("freeze", {"up_to": Literal[*model.stages]}, {"up_to": up_to})
+    for name, stage in model.stages.items():
         stage.requires_grad_(False)
-    return model.train(model.training)
-
-
-def _place(model: ConvNet, stage: str, owner: str) -> int:
-    known = list(model.stages)
-    if stage not in known:
-        hint = f"{suggestion(stage, known)} Known: {', '.join(known)}."
-        raise ValueError(f"{owner} = {stage!r} is no stage of {type(model).__name__}.{hint}")
-    return known.index(stage)
+        if name == up_to:
+            return model.train(model.training)
 
 
 def _trained(source: Run | ConvNet) -> ConvNet:

@@ -184,9 +184,9 @@ def findings(root: Path) -> str:
         report, found, held = root / "reports" / path.name, "not made yet", "–"
         if report.exists():
             bundle = reported(read(report))
-            verdicts = [claim["verdict"] for claim in bundle["rows"]]
+            verdicts = [claim["verdict"] for claim in bundle.get("rows", [])]
             held = " / ".join(str(verdicts.count(v)) for v in ("holds", "not settled", "fails"))
-            found = f"[{bundle['headline']}](reports/{path.name})"
+            found = f"[{bundle.get('headline') or 'no claim'}](reports/{path.name})"
         lines.append(f"| [{number}](notebooks/{path.name}) | {question} | {found} | {held} |")
     return "\n".join(lines)
 

@@ -78,7 +78,7 @@ class Experiment:
         was interrupted: an unfinished run is no result.
         """
         data, runs = data or self.data, {}
-        words = [v if isinstance(v, str) else f"{n}{v:g}" for n, v in labels.items()]
+        words = [v if isinstance(v, str) else f"{n}{v:.12g}" for n, v in labels.items()]
         for seed in self.seeds if seeds is None else _checked(seeds):
             name = "_".join([self.exercise, *words, f"seed{seed}"])
             name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
@@ -158,10 +158,10 @@ class Experiment:
         if not self.publishes:
             return
         command = f"python -m labutils run {self.exercise} --profile full -p retrain true"
-        chosen, known = {run.key for run in weights}, {}
-        for _, run, data in self._trained.values():
-            known.setdefault(run.key, (run, data))  # found again by other labels: published once
-        for key, (run, data) in known.items():
+        chosen = {run.key for run in weights}
+        # A key may have several labels; trained again by the latest, it is stored as that alone.
+        stored = {run.key: (run, data) for _, run, data in self._trained.values()}
+        for key, (run, data) in stored.items():
             rounded = data if half else None
             exact = f"OMP_NUM_THREADS={run.info['threads']} {command}"  # sums in the same parts
             publish(run, weights=key in chosen, command=exact, half=rounded)

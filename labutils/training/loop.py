@@ -146,7 +146,9 @@ def _train(run, data, config, teacher, track, progress, checkpoint_seconds) -> R
         bar = watch.Progress(run.name, total=total, done=done, log=log, show=progress)
         stack.callback(bar.close)
         if config.precision == "bf16" != state.precision:
-            bar.warn(f"{run.info['device']} does not compute in bf16: trained in float32")
+            problem = f"{run.info['device']} does not compute in bf16: trained in float32"
+            bar.note(problem)
+            watch.warn(problem)
         mirrors = watch.open_mirrors(run, track)
         stack.callback(lambda: watch.show_mirrors(mirrors, state.summary(), final=True))
         interrupted = stack.enter_context(machine.signals(signal.SIGINT))

@@ -116,9 +116,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         groups = [{"params": hidden, "hidden": True, "share": 1.0}]
         vectors = [p for p in free if p.ndim < 2]
         for params, lr in ((vectors, config.bias_lr), (head, config.head_lr)):
-            decay, share = config.weight_decay * config.lr / lr, lr / config.lr
-            rest = {"params": params, "hidden": False, "share": share, "weight_decay": decay}
-            groups.append(rest)
+            rest = {"share": lr / config.lr, "weight_decay": config.weight_decay * config.lr / lr}
+            groups.append({"params": params, "hidden": False} | rest)
         return Muon(_by_stage(model, config, groups), **common, momentum=0.85, nesterov=True)
     momentum = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
     groups = _by_stage(model, config, [{"params": free, "share": 1.0}])
@@ -166,7 +165,8 @@ class Muon(torch.optim.SGD):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for weight in group["params"] if group["hidden"] else ():
+            hidden = group["params"] if group["hidden"] else ()
+            for weight in (w for w in hidden if w.grad is not None):
                 if not self.state[weight]:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
                 momentum = self.state[weight]["momentum"].mul_(0.6).add_(weight.grad)

@@ -83,11 +83,8 @@ class Run:
         name = "test_flip" if tta else "test"
         if name in self.scores:
             return self.scores[name]
-        # A copy with the stored weights: the caller may have gone on changing the model.
-        model, card = copy.deepcopy(self.require_model()), self.path / "card.json"
-        if self.weights.exists():
-            load_weights(model, self.weights)
-        found = self.scores[name] = self._evaluate(model, data, name)
+        card, found = self.path / "card.json", self._measure(data, name)
+        self.scores[name] = found
         # An unfinished run goes on in its folder, and its weights will be others.
         if self.path.is_dir() and self.stop_reason != "interrupted":
             try:
@@ -96,22 +93,19 @@ class Run:
                 warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
         return found
 
-    def _rounded(self, data: ImageData) -> "Run":
-        """This run, its scores, if any, measured again with weights rounded to float16."""
-        self._require_trained_on(data)
-        model = copy.deepcopy(self.require_model())
-        load_weights(model, self.weights)
-        model.half().float()
-        scores = {name: self._evaluate(model, data, name) for name in self.scores}
-        return replace(self, scores=scores)
-
     def _require_trained_on(self, data: ImageData) -> None:
         trained, asked = self.info["data"]["fingerprint"], data.fingerprint
         if asked != trained:
             problem = f"{self.name}: trained on data {trained}, asked to test on {asked}"
             raise RunError(f"{problem}. Load it with the same name, val_size and seed.")
 
-    def _evaluate(self, model: nn.Module, data: ImageData, name: str) -> metrics.Metrics:
+    def _measure(self, data: ImageData, name: str, *, half: bool = False) -> metrics.Metrics:
+        # A copy with the stored weights: the caller may have gone on changing the model.
+        model = copy.deepcopy(self.require_model())
+        if self.weights.exists():
+            load_weights(model, self.weights)
+        if half:
+            model.half().float()
         options = {"precision": self.info.get("precision", "float32"), "tta": name == "test_flip"}
         return metrics.evaluate(model, data.test, **options)
 
@@ -170,7 +164,10 @@ def load_run(name: str) -> Run:
     Raises RunError if none or several have it, if only its card is published, or it is damaged.
     """
     stored = {path.stem: path for path in models_dir().glob("*.json")}
-    stored |= {path.parent.name: path.parent for path in runs_dir().glob("*/card.json")}
+    # What a kill in the middle of finish has left beside a run counts only where that is gone.
+    for path in sorted(runs_dir().glob("*/card.json"), reverse=True):
+        if path.parent.suffix != ".part":
+            stored[path.parent.name.removesuffix(".old")] = path.parent
     names = {home: (home, home.rpartition("-")[0]) for home in stored}
     fits = sorted(home for home in stored if name in names[home])
     if len(fits) != 1:
@@ -254,7 +251,10 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
             problem = f"{run.weights} is gone; another run of the same settings has replaced it"
             raise RunError(f"{run.name}: {problem}. Give every run its own settings, a seed say.")
         # Measured before anything is replaced, since it takes a while and may be interrupted.
-        run = run if half is None else run._rounded(half)
+        if half is not None:
+            run._require_trained_on(half)
+            rounded = {name: run._measure(half, name, half=True) for name in run.scores}
+            run = replace(run, scores=rounded)
         cards.copy_weights(run.weights, stored, half=half is not None)
     elif run.path != path:
         stored.unlink(missing_ok=True)

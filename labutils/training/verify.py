@@ -51,7 +51,7 @@ def verify(folder: Path) -> bool:
 def _arguments(run: Run) -> str:
     about = run.info["data"]
     # Older cards do not say: the usual cut.
-    return json.dumps(about.get("loaded", {"name": about["name"]}))
+    return json.dumps(about.get("loaded") or {"name": about["name"]})
 
 
 def _compare(run: Run, data: ImageData) -> tuple[str, str]:

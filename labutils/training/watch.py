@@ -159,7 +159,7 @@ class Progress:
             kind, shape = _NotebookBar, shape.replace(" |{bar}", "\n|{bar:40}")
             settings |= {"file": io.StringIO(), "ascii": False}
         self._bar = kind(bar_format=shape, unit_scale=True, disable=where is None, **settings)
-        self.step, self._show = self._bar.update, show  # step takes a number of images
+        self.step = self._bar.update  # takes a number of images
         self._name, self._log = name, log.open("a", buffering=1)
         self.note(f"{name}: {'continues' if done else 'starts'} at image {done:,} of {total:,}")
 
@@ -172,11 +172,6 @@ class Progress:
 
     def note(self, text: str) -> None:
         self._log.write(f"{text}\n")
-
-    def warn(self, text: str) -> None:
-        self.note(text)
-        if self._show:
-            warn(text)
 
     def close(self) -> None:
         self._log.close()

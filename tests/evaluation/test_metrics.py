@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 from torch import nn
+from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import labutils as lab
@@ -239,6 +240,13 @@ def test_predictions_are_the_models_logits(model, digits):
     with torch.no_grad():
         assert torch.allclose(logits, model.eval()(split.normalise(split.images)), atol=1e-5)
     assert logits.dtype == torch.float32
+
+
+def test_a_gradient_can_start_from_predictions(model, digits):
+    temperature = torch.ones(1, requires_grad=True)
+    loss = F.cross_entropy(lab.predict(model, digits.val) / temperature, digits.val.labels)
+    loss.backward()  # as temperature scaling does, Guo et al. 2017
+    assert temperature.grad.isfinite().all()
 
 
 def test_a_model_without_parameters_is_scored_too(digits):

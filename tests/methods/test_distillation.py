@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import labutils as lab
 from labutils.methods import distillation
 from labutils.training import watch
+from labutils.training.runs import RunError
 
 DISTORTED = lab.Augment(crop=1, flip="alternating", rotate=10, cutout=2)
 CONFIG = lab.TrainConfig(
@@ -195,6 +196,12 @@ NO_PERMUTATION = [[0, 1], [0, 1, 1], [0, 1, 3], [0, 1, -1], ["a", 1, 2], [1.0, 0
 def test_classes_that_are_no_permutation_are_refused(taught_by, classes):
     with pytest.raises(ValueError, match=r"^Teacher: classes"):
         lab.Teacher(taught_by, classes=classes)
+
+
+def test_a_card_alone_cannot_teach(teacher):
+    del teacher.run.info["data"]["classes"]  # which cards without weights do not have
+    with pytest.raises(RunError, match="only the card"):
+        lab.Teacher(replace(teacher.run, model=None))
 
 
 def test_a_teacher_of_other_classes_or_images_is_named(data, teacher):

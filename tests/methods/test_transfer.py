@@ -63,6 +63,8 @@ def test_features_are_kept_by_weights_and_pixels(data, monkeypatch, tmp_path):
     first = asked()
     again = asked(batch_size=3)
     assert not passes
+    for found in (first, again):  # just computed or read: a network can be trained on both
+        torch.nn.Linear(found["stage1"].shape[1], 2)(found["stage1"]).sum().backward()
     assert all(values.equal(again[name]) for name, values in first.items())
     asked(dataclasses.replace(data.test, labels=data.test.labels + 1))
     assert not passes
@@ -246,14 +248,15 @@ def test_equal_seeds_give_equal_bits_also_after_a_kill(data):
 
 def test_bad_requests_name_what_is_there(source, data):
     model = NETWORKS["CNN"]()
-    with pytest.raises(ValueError, match=r"stage = 'stage3' is no stage of CNN.*stage1, stage2"):
+    with pytest.raises(ValueError, match=r"stages\[0\] = 'stage3'.* 'stage1' or 'stage2'"):
         lab.features(model, data.test, ["stage3"])
     with pytest.raises(ValueError, match="grid = 0"):
         lab.features(model, data.test, grid=0)
-    with pytest.raises(ValueError, match=r"up_to = 'stage9' is no stage.*Known: stage1, stage2"):
+    with pytest.raises(ValueError, match=r"up_to = 'stage9'.* 'stage1' or 'stage2'"):
         lab.freeze(model, up_to="stage9")
-    with pytest.raises(ValueError, match="leaves nothing to train"):
+    with pytest.raises(ValueError, match="up_to = 'head'"):  # which would leave nothing to train
         lab.freeze(model, up_to="head")
+    assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match="source is MLP"):
         lab.swap_head(lab.MLP(4, [5], 3), 4)
     with pytest.raises(ValueError, match="num_classes = 1"):

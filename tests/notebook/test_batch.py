@@ -198,6 +198,14 @@ def test_findings_say_which_notebook_has_no_report_yet(project):
     assert second == "| [1.2](notebooks/1.2_res.ipynb) | Why? | not made yet | – |"
 
 
+def test_findings_of_a_report_without_claims(project):
+    cells = [nbformat.v4.new_markdown_cell("# 1.1 Why?")]
+    for folder in ("notebooks", "reports"):
+        (project / folder).mkdir(exist_ok=True)
+        nbformat.write(new_notebook(cells=cells), project / folder / "1.1_why.ipynb")
+    assert "| [no claim](reports/1.1_why.ipynb) | 0 / 0 / 0 |" in batch.findings(project)
+
+
 def test_rows_for_sweeps_alone_and_single_values_stay_out_of_the_results(project):
     shown = row(values=[80.0, 81.0, 82.0], headline=True)
     write_report(project, [shown, row(model="mlp-depth2", values=[50.0], headline=False)])

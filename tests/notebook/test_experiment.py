@@ -125,15 +125,22 @@ def test_the_results_have_a_row_for_each_score(trained, data):
     assert table.index.names == ["recipe", "model"]
 
 
-def test_a_run_that_is_found_again_by_other_labels_keeps_its_published_weights(data, tmp_path):
-    ex = lab.Experiment("9.9", data, seeds=[0], publish=True)
+@pytest.mark.parametrize("retrain", [False, True])
+def test_a_run_with_other_labels_as_well_is_published_once_with_weights(data, tmp_path, retrain):
+    ex = lab.Experiment("9.9", data, seeds=[0], publish=True, retrain=retrain)
     score = ex.fit(make_model, CONFIG, model="tiny")
-    ex.fit(make_model, CONFIG, part="grid")
+    again = ex.fit(make_model, CONFIG, part="grid")
     ex.publish(weights=[score.first], figures={})
     stored = {path.name for path in (tmp_path / "models").iterdir()}
-    assert stored == {
-        f"9.9_tiny_seed0-{score.first.key}{kind}" for kind in (".json", ".safetensors")
-    }
+    name = f"{again.first.name}-{again.first.key}"
+    assert stored == {f"{name}.json", f"{name}.safetensors"}
+
+
+def test_labels_that_differ_late_are_different_runs(data):
+    ex = lab.Experiment("9.9", data, seeds=[0])
+    for lr in (0.12345671, 0.12345674):
+        ex.fit(make_model, lab.TrainConfig(epochs=1, lr=lr), lr=lr)
+    assert len(ex.frame) == 2
 
 
 def test_only_an_experiment_that_publishes_does(data, tmp_path, monkeypatch):

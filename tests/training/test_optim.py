@@ -309,6 +309,15 @@ def test_muon_survives_weights_and_gradients_of_zero():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_muon_leaves_a_weight_alone_that_has_no_part_in_the_loss():
+    model = torch.nn.ModuleDict({"unused": torch.nn.Linear(4, 4), "net": lab.MLP(4, [6, 5], 3)})
+    before = model["unused"].weight.clone()
+    optimizer = make_optimizer(model, lab.TrainConfig(optimizer="muon", lr=0.1))
+    model["net"](torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    assert model["unused"].weight.equal(before)
+
+
 def linear_classifier():
     return lab.MLP(4, [], 3)
 

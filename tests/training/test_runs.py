@@ -162,6 +162,14 @@ def test_the_runs_folder_goes_before_published_runs(run):
     assert find(run.key, make_model()).path == card
 
 
+def test_what_a_kill_left_beside_a_run_does_not_hide_it(run):
+    aside = run.path.with_name(f"{run.path.name}.old")
+    shutil.copytree(run.path, aside)
+    assert lab.load_run(run.name).path == run.path
+    shutil.rmtree(run.path)
+    assert lab.load_run(run.name).path == aside
+
+
 def test_tested_and_published_are_the_best_weights_whatever_became_of_the_model(run, data):
     best = copy.deepcopy(run.model)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Published scores are measured again: what agrees, what differs, what is skipped and why."""
 
+import dataclasses
 import json
 import shutil
 
@@ -85,6 +86,12 @@ def test_the_data_are_cut_and_drawn_as_the_card_says(models, capsys):
     published(data)
     assert cli.main(["verify"]) == 0
     assert lines(capsys)[1].split()[:2] == ["digits-mlp", "agrees"]
+
+
+def test_a_run_on_data_made_by_hand_is_skipped(models, digits, capsys):
+    published(dataclasses.replace(digits, name="mine", loaded={}))
+    assert cli.main(["verify"]) == 0
+    assert lines(capsys)[1].endswith("needs mine")
 
 
 def test_data_that_are_absent_or_other_data_are_named_and_skipped(
