@@ -126,16 +126,14 @@ class Claims:
         unit: of these numbers.
         """
         low, high, evidence = _compare(more, less, unit)
-        verdict = True if low > by else False if high < by else None
-        self.add(claim, verdict, evidence)
+        self.add(claim, _exceeds(low, high, by), evidence)
 
     def below(
         self, claim: str, less: Any, more: Any, *, by: float = 0.0, unit: str = "points"
     ) -> None:
         """Claim that one score lies below another by more than `by`; arguments as for above."""
         low, high, evidence = _compare(less, more, unit)
-        verdict = True if high < -by else False if low > -by else None
-        self.add(claim, verdict, evidence)
+        self.add(claim, _exceeds(-high, -low, by), evidence)
 
     def close(self, claim: str, one: Any, other: Any, *, within: float) -> None:
         """Claim that two scores differ by less than `within` points; arguments as for above."""
@@ -178,6 +176,10 @@ class Claims:
             reported[name] = list(getattr(self, name).values())
         plain = "\n".join(lines) or "no new claim"
         return {"text/plain": plain, "text/html": f"{table}</table>", MEDIA_TYPE: reported}
+
+
+def _exceeds(low: float, high: float, by: float) -> bool | None:
+    return True if low > by else False if high < by else None
 
 
 def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
