@@ -44,16 +44,16 @@ robust: .venv/ready
 
 report: .venv/ready
 	$(BIN)/python -m labutils run all --profile full
-	$(BIN)/python -m labutils results
+	$(BIN)/python tools/results.py
 
 results: .venv/ready
-	$(BIN)/python -m labutils results
+	$(BIN)/python tools/results.py
 
 store: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m labutils run all --out notebooks
 
 verify: .venv/ready
-	$(BIN)/python -m labutils verify
+	$(BIN)/python tools/verify.py
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/loop.py

@@ -1,11 +1,11 @@
-"""The command line: python -m labutils run | sweep | data | cam | results | verify."""
+"""The command line: python -m labutils run | sweep | data | cam."""
 
 import sys
 from pathlib import Path
 
 import click
 
-from .base.files import data_dir, models_dir, project_dir
+from .base.files import data_dir, project_dir
 
 SHARED = [  # by the commands that execute notebooks
     click.Argument(["notebook"]),
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def commands() -> None:
-    """Run notebooks, look after data, explain an image, collect results."""
+    """Run notebooks, look after data, explain an image."""
 
 
 @commands.command(params=[*SHARED])
@@ -149,32 +149,6 @@ def cam(image, model, method, layer, class_name, out) -> None:
     out = out or Path(f"{image.stem}-cam.png")
     options = {"method": method, "layer": layer, "class_name": class_name}
     print(f"{explain_file(load_run(model), image, out, **options)}\n{out}")
-
-
-@commands.command()
-def results() -> None:
-    """Rebuild reports/results.json, and the tables of README.md and reports/README.md.
-
-    python -m labutils results
-    """
-    from .notebook.batch import write_results
-
-    print(f"{len(write_results(project_dir()))} rows in reports/results.json and its table")
-
-
-@commands.command()
-def verify() -> int:
-    """Test all weights in models/ again, and compare with what their cards say.
-
-    \b
-    LABUTILS_DATA=~/data python -m labutils verify
-
-    Exit status 1 if an accuracy differs by more than 0.05 points, or a file is damaged. Runs whose
-    data set is neither on disk nor to be downloaded are skipped, and that is said.
-    """
-    from .training.verify import verify
-
-    return int(not verify(models_dir()))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_errors_are_one_message_without_a_traceback(capsys):
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("command", ["run", "sweep", "data", "cam", "results"])
+@pytest.mark.parametrize("command", ["run", "sweep", "data", "cam"])
 def test_help_teaches_by_example(command, capsys):
     assert cli.main([command, "--help"]) == 0
     assert f"  python -m labutils {command}" in capsys.readouterr().out

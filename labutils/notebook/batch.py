@@ -1,14 +1,14 @@
-"""Notebooks without a person: execute one through papermill, collect what the reports found."""
+"""Notebooks without a person: execute one through papermill, read what it reports."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from ..base.files import atomic_write, project_dir, write_json
+from ..base.files import atomic_write, project_dir
 from ..base.settings import first_line
 from . import parameters
 
@@ -136,74 +136,3 @@ def reported(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     bundles = [output.get("data", {}).get(MEDIA_TYPE) for output in outputs]
     # Claims are shown where they belong, and every time with all that came before.
     return next((bundle for bundle in reversed(bundles) if bundle), {})
-
-
-def collect(folder: Path) -> list[dict[str, Any]]:
-    """Headline rows of all reports in a folder, each with the command that measures it again."""
-    rows = []
-    for path in sorted(folder.glob("*.ipynb")):
-        number = path.stem.partition("_")[0]
-        command = f"python -m labutils run {number} --profile full -p retrain true"
-        for row in reported(read(path)).get("headline_rows", []):
-            row.pop("values", None)
-            if row.pop("headline", True):
-                rows.append({**row, "command": command, "report": f"{folder.name}/{path.name}"})
-    return rows
-
-
-def write_results(root: Path) -> list[dict[str, Any]]:
-    """Rebuild reports/results.json, and the tables of README.md and reports/README.md."""
-    rows = collect(root / "reports")
-    tables = {"README.md": ("findings", findings(root))}
-    tables["reports/README.md"] = "results", markdown_table(rows)
-    pages = {root / page: _fill(root / page, *table) for page, table in tables.items()}
-    write_json(root / "reports" / "results.json", rows)
-    for path, text in pages.items():
-        with atomic_write(path) as file:
-            file.write(text.encode())
-    return rows
-
-
-def _fill(page: Path, name: str, table: str) -> str:
-    """The text of a page with a table between its markers; NotebookError if it has none."""
-    before, begin, rest = page.read_text().partition(f"<!-- {name} -->")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    if not end or end in before:
-        markers = f"<!-- {name} --> and then <!-- /{name} -->"
-        raise NotebookError(f"results: {page} needs {markers}.")
-    return f"{before}{begin}\n{table}\n{end}{after}"
-
-
-def findings(root: Path) -> str:
-    """A line for each notebook, as a table: its question, and what its report found."""
-    head = "| exercise | question | what the report found | claims: hold / not settled / fail |"
-    lines = [head, "|---" * 4 + "|"]
-    for path in sorted((root / "notebooks").glob("*.ipynb")):
-        title = "".join(read(path).cells[0].source).splitlines()[0]  # which JSON keeps in lines
-        number, _, question = title.removeprefix("# ").partition(" ")
-        report, found, held = root / "reports" / path.name, "not made yet", "–"
-        if report.exists():
-            bundle = reported(read(report))
-            verdicts = [claim["verdict"] for claim in bundle.get("rows", [])]
-            held = " / ".join(str(verdicts.count(v)) for v in ("holds", "not settled", "fails"))
-            found = f"[{bundle.get('headline') or 'no claim'}](reports/{path.name})"
-        lines.append(f"| [{number}](notebooks/{path.name}) | {question} | {found} | {held} |")
-    return "\n".join(lines)
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Headline rows as a table for people; a missed target is shown as missed."""
-    head = "| exercise | model | data | test accuracy (%), mean ± std | runs | published | target "
-    lines = [f"{head}| parameters | time a run |", "|---" * 9 + "|"]
-    for row in rows:
-        report = f"[{row['exercise']}]({Path(row['report']).name})"
-        published = "–" if row["published"] is None else f"{row['published']:g}"
-        verdict = "reached" if row["target"] and row["mean"] >= row["target"] else "**missed**"
-        target = "–" if row["target"] is None else f"{row['target']:g} {verdict}"
-        deviation = f" ± {row['std']:.2f}" if row["n"] > 1 else ""
-        lines.append(
-            f"| {report} | {row['model']} | {row['dataset']} | "
-            f"**{row['mean']:.2f}**{deviation} | {row['n']} | {published} | {target} | "
-            f"{row['params']:,} | {row['seconds']:g} s |"
-        )
-    return "\n".join(lines)

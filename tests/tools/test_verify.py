@@ -8,14 +8,13 @@ import pytest
 import torch
 
 import labutils as lab
-from labutils import __main__ as cli
-from labutils.training import cards, verify
+from labutils.training import cards
 from labutils.training.runs import publish
+from tools import verify
 
 
 @pytest.fixture
-def models(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "models_dir", lambda: tmp_path / "models")
+def models(tmp_path):
     return tmp_path / "models"
 
 
@@ -46,26 +45,27 @@ def lines(capsys):
 def test_what_a_card_says_is_what_its_weights_reach(models, digits, capsys, half):
     card = published(digits, half=digits if half else None)
     accuracies = [100 * cards.read(card)[name]["accuracy"] for name in ("test", "test_flip")]
-    assert cli.main(["verify"]) == 0
+    assert verify.verify(models)
     _, line = lines(capsys)
     assert line.split()[:2] == ["digits-mlp", "agrees"]
     assert line.endswith("test {0:.2f}, {0:.2f}; test_flip {1:.2f}, {1:.2f}".format(*accuracies))
 
 
-@pytest.mark.parametrize(("off", "status"), [(0.0004, 0), (-0.0006, 1), (0.0006, 1)])
-def test_a_score_that_is_not_that_of_the_weights_is_noticed(models, digits, capsys, off, status):
+@pytest.mark.parametrize(("off", "agrees"), [(0.0004, True), (-0.0006, False), (0.0006, False)])
+def test_a_score_that_is_not_that_of_the_weights_is_noticed(models, digits, capsys, off, agrees):
     change(published(digits), off)
     published(digits, "other", seed=1)
-    assert cli.main(["verify"]) == status
+    assert verify.verify(models) == agrees
     verdicts = {name: verdict for name, verdict, *_ in map(str.split, lines(capsys)[1:])}
-    assert verdicts == {"digits-mlp": ["agrees", "differs"][status], "other": "agrees"}
+    assert verdicts == {"digits-mlp": ["differs", "agrees"][agrees], "other": "agrees"}
 
 
 @pytest.mark.parametrize(
-    ("computes", "off", "status"), [(True, 6e-4, 1), (False, 6e-4, 0), (False, 4e-3, 1)]
+    ("computes", "off", "agrees"),
+    [(True, 6e-4, False), (False, 6e-4, True), (False, 4e-3, False)],
 )
 def test_a_run_of_bf16_may_differ_where_bf16_is_not_computed(
-    models, digits, monkeypatch, computes, off, status
+    models, digits, monkeypatch, computes, off, agrees
 ):
     card = published(digits)
     values = cards.read(card)
@@ -76,7 +76,7 @@ def test_a_run_of_bf16_may_differ_where_bf16_is_not_computed(
         verify, "usable_precision", lambda asked, _: asked if computes else "float32"
     )
     monkeypatch.setattr("labutils.evaluation.metrics.usable_precision", lambda *_: "float32")
-    assert cli.main(["verify"]) == status
+    assert verify.verify(models) == agrees
 
 
 def test_the_data_are_cut_and_drawn_as_the_card_says(models, capsys):
@@ -84,13 +84,13 @@ def test_the_data_are_cut_and_drawn_as_the_card_says(models, capsys):
         "shapes10", val_size=500, seed=3, subset=0.1, image_size=8, shortcut=1.0, device="cpu"
     )
     published(data)
-    assert cli.main(["verify"]) == 0
+    assert verify.verify(models)
     assert lines(capsys)[1].split()[:2] == ["digits-mlp", "agrees"]
 
 
 def test_a_run_on_data_made_by_hand_is_skipped(models, digits, capsys):
     published(dataclasses.replace(digits, name="mine", loaded={}))
-    assert cli.main(["verify"]) == 0
+    assert verify.verify(models)
     assert lines(capsys)[1].endswith("needs mine")
 
 
@@ -101,13 +101,13 @@ def test_data_that_are_absent_or_other_data_are_named_and_skipped(
     published(lab.load_data("tiny", val_size=12, device="cpu"), "tiny-mlp")
     published(digits)
     path.unlink()
-    assert cli.main(["verify"]) == 0
+    assert verify.verify(models)
     shown = lines(capsys)
     assert [line.split()[1] for line in shown[1:3]] == ["agrees", "skipped"]
     assert shown[2].endswith("needs tiny")
     assert shown[3].startswith("No tiny: load_data: unknown data set 'tiny'.")
     write_npz(train=90)
-    assert cli.main(["verify"]) == 0
+    assert verify.verify(models)
     assert lines(capsys)[3] == "No tiny: what is here is not what the run was trained on."
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_named_and_the_others_are_tested(models, digits, capsy
     published(digits)
     weights = published(digits, "broken", seed=1).with_suffix(".safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert cli.main(["verify"]) == 1
+    assert not verify.verify(models)
     shown = lines(capsys)
     assert "is damaged" in shown[0]
     assert weights.name in shown[0]
@@ -125,11 +125,11 @@ def test_a_damaged_file_is_named_and_the_others_are_tested(models, digits, capsy
 def test_cards_alone_need_no_data_and_weights_may_have_no_score(models, digits, capsys):
     card = published(digits)
     cards.write(card, cards.read(card) | {"test": None, "test_flip": None})
-    assert cli.main(["verify"]) == 0
+    assert verify.verify(models)
     line = lines(capsys)[1]
     assert line.split()[1] == "loads"
     assert line.endswith("no score on its card")
     card.with_suffix(".safetensors").unlink()
     cards.write(card, json.loads(card.read_text()) | {"weights": None})
-    assert cli.main(["verify"]) == 0
+    assert verify.verify(models)
     assert len(lines(capsys)) == 1

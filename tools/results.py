@@ -1,0 +1,90 @@
+"""What the reports found: reports/results.json, and the tables of README.md and reports/README.md.
+
+python tools/results.py
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from labutils.base.files import atomic_write, project_dir, write_json
+from labutils.notebook.batch import NotebookError, read, reported
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """Headline rows of all reports in a folder, each with the command that measures it again."""
+    rows = []
+    for path in sorted(folder.glob("*.ipynb")):
+        number = path.stem.partition("_")[0]
+        command = f"python -m labutils run {number} --profile full -p retrain true"
+        for row in reported(read(path)).get("headline_rows", []):
+            row.pop("values", None)
+            if row.pop("headline", True):
+                rows.append({**row, "command": command, "report": f"{folder.name}/{path.name}"})
+    return rows
+
+
+def write(root: Path) -> list[dict[str, Any]]:
+    """Rebuild all three from the reports; returns the rows of results.json."""
+    rows = collect(root / "reports")
+    tables = {"README.md": ("findings", findings(root))}
+    tables["reports/README.md"] = "results", markdown_table(rows)
+    pages = {root / page: _fill(root / page, *table) for page, table in tables.items()}
+    write_json(root / "reports" / "results.json", rows)
+    for path, text in pages.items():
+        with atomic_write(path) as file:
+            file.write(text.encode())
+    return rows
+
+
+def _fill(page: Path, name: str, table: str) -> str:
+    """The text of a page with a table between its markers; NotebookError if it has none."""
+    before, begin, rest = page.read_text().partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not end or end in before:
+        markers = f"<!-- {name} --> and then <!-- /{name} -->"
+        raise NotebookError(f"results: {page} needs {markers}.")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def findings(root: Path) -> str:
+    """A line for each notebook, as a table: its question, and what its report found."""
+    head = "| exercise | question | what the report found | claims: hold / not settled / fail |"
+    lines = [head, "|---" * 4 + "|"]
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        title = "".join(read(path).cells[0].source).splitlines()[0]  # which JSON keeps in lines
+        number, _, question = title.removeprefix("# ").partition(" ")
+        report, found, held = root / "reports" / path.name, "not made yet", "–"
+        if report.exists():
+            bundle = reported(read(report))
+            verdicts = [claim["verdict"] for claim in bundle.get("rows", [])]
+            held = " / ".join(str(verdicts.count(v)) for v in ("holds", "not settled", "fails"))
+            found = f"[{bundle.get('headline') or 'no claim'}](reports/{path.name})"
+        lines.append(f"| [{number}](notebooks/{path.name}) | {question} | {found} | {held} |")
+    return "\n".join(lines)
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Headline rows as a table for people; a missed target is shown as missed."""
+    head = "| exercise | model | data | test accuracy (%), mean ± std | runs | published | target "
+    lines = [f"{head}| parameters | time a run |", "|---" * 9 + "|"]
+    for row in rows:
+        report = f"[{row['exercise']}]({Path(row['report']).name})"
+        published = "–" if row["published"] is None else f"{row['published']:g}"
+        verdict = "reached" if row["target"] and row["mean"] >= row["target"] else "**missed**"
+        target = "–" if row["target"] is None else f"{row['target']:g} {verdict}"
+        deviation = f" ± {row['std']:.2f}" if row["n"] > 1 else ""
+        lines.append(
+            f"| {report} | {row['model']} | {row['dataset']} | "
+            f"**{row['mean']:.2f}**{deviation} | {row['n']} | {published} | {target} | "
+            f"{row['params']:,} | {row['seconds']:g} s |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{len(write(project_dir()))} rows in reports/results.json and its table")
+    except NotebookError as error:
+        sys.exit(str(error))
