@@ -40,9 +40,11 @@ def load_data(
     device = resolve_device(device)
     source, classes, splits = read(name, image_size=image_size, shortcut=shortcut)
     if "val" not in splits:
-        splits["train"], splits["val"] = _cut(splits["train"], val_size, seed, "val_size")
+        allowed = "a fraction in (0, 1) or {} to {} images"
+        splits["train"], splits["val"] = _cut(splits["train"], val_size, seed, "val_size", allowed)
     if subset < 1:
-        _, splits["train"] = _cut(splits["train"], float(subset), seed, "subset")
+        allowed = "1, or a fraction that keeps {} to {} of them"
+        _, splits["train"] = _cut(splits["train"], float(subset), seed, "subset", allowed)
     statistics = pixel_statistics(torch.from_numpy(splits["train"][0]))
     for part, arrays in splits.items():
         images, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
@@ -50,7 +52,7 @@ def load_data(
     return ImageData(name, source, classes, **splits, loaded=given | {"shortcut": shortcut})
 
 
-def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
+def _cut(arrays: Arrays, size: float, seed: int, what: str, allowed: str) -> list[Arrays]:
     """Split images and labels in two with equal class shares; the second part has the size."""
     from sklearn.model_selection import train_test_split
 
@@ -60,7 +62,6 @@ def _cut(arrays: Arrays, size: float, seed: int, what: str) -> list[Arrays]:
         parts = train_test_split(numbers, test_size=size, stratify=labels, random_state=seed)
     except ValueError as error:
         classes, problem = len(np.unique(labels)), f"does not fit {len(labels):,} training images"
-        allowed = f"a fraction in (0, 1) or {classes} to {len(labels) - classes} images"
-        hint = f"Give {allowed}; classes need two."
+        hint = f"Give {allowed.format(classes, len(labels) - classes)}; classes need two."
         raise ValueError(f"load_data: {what} = {size!r} {problem}. {hint}") from error
     return [(images[index], labels[index]) for index in map(np.sort, parts)]

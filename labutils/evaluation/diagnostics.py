@@ -37,6 +37,12 @@ def _training_step(model: nn.Module, images: Tensor) -> Tensor:
         return functional_call(model, statistics, (images,))
 
 
+def _trained(model: nn.Module, owner: str) -> list[nn.Parameter]:
+    if trained := [p for p in model.parameters() if p.requires_grad]:
+        return trained
+    raise ValueError(f"{owner}: the model has no parameter that requires a gradient.")
+
+
 def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFrame:
     """Norm of the gradient of the mean cross-entropy in each layer that has parameters to train.
 
@@ -44,8 +50,7 @@ def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFra
     parameters, the Euclidean norm over all of the layer's own. Rows in the model's order; layers
     out of use have none. It runs as in a training step. ValueError if all of it is frozen.
     """
-    if not (trained := [p for p in model.parameters() if p.requires_grad]):
-        raise ValueError("gradient_norms: the model has no parameter that requires a gradient.")
+    trained = _trained(model, "gradient_norms")
     with torch.enable_grad():
         loss = F.cross_entropy(_training_step(model, batch[0]), batch[1])
     grads, rows = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True))), {}
@@ -118,9 +123,10 @@ def training_flops(
     """FLOPs of a forward and a backward pass for one input, as torch counts; input_size as above.
 
     image_sizes: those of a TrainConfig, which share the steps equally: the mean over them.
-    The optimizer and what is no convolution or matrix product are not counted.
+    The optimizer and what is no convolution or matrix product are not counted. ValueError if all
+    of the model is frozen.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = _trained(model, "training_flops")
     sizes = [(input_size[0], side, side) for side in image_sizes] or [input_size]
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         for size in sizes:

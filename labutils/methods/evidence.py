@@ -23,7 +23,7 @@ def random_maps(n: int, size: tuple[int, int], *, blur: float = 0.0, seed: int =
     noise = np.random.default_rng(seed).random((n, *size), dtype=np.float32)
     maps = torch.from_numpy(gaussian_filter(noise, (0, blur, blur)))
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low)
+    return (maps - low) / (high - low).clamp(min=1e-12)  # a single pixel is 0
 
 
 def centre_prior(n: int, size: tuple[int, int]) -> Tensor:

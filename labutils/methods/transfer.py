@@ -155,6 +155,8 @@ def _trained(source: Run | ConvNet) -> ConvNet:
     if source.stop_reason == "interrupted":
         raise RunError(f"{source.name} is interrupted. Train it to the end, then start from it.")
     source.require_model()
+    if not source.weights.exists():
+        raise RunError(f"{source.name}: no weights at {source.path}. Train it with retrain=True.")
     with torch.random.fork_rng(devices=()):
         network = registry.build(source.info["model"])
     load_weights(network, source.weights)

@@ -120,6 +120,8 @@ def test_a_cut_that_does_not_fit_says_what_would():
     with pytest.raises(ValueError, match=r"val_size = 5 does not fit 1,347 ") as caught:
         lab.load_data("digits", device="cpu", val_size=5)
     assert "a fraction in (0, 1) or 10 to 1337 images" in str(caught.value)
+    with pytest.raises(ValueError, match=r"subset = 0\.999 .* 1, or a fraction that keeps 10 to "):
+        lab.load_data("digits", device="cpu", subset=0.999)
     for labels in ([0] * 20 + [1], [1, 0]):
         with pytest.raises(ValueError, match=r"images; classes need two"):
             load_raw(labels + [0] * 9)

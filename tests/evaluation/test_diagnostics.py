@@ -273,6 +273,8 @@ def test_a_look_inside_sees_the_network_as_a_training_step_does():
 def test_what_has_no_gradient_is_refused():
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         lab.gradient_norms(make().requires_grad_(False), batch())
+    with pytest.raises(ValueError, match=r"^training_flops: .* no parameter"):
+        lab.training_flops(make().requires_grad_(False), (3, 8, 8))
 
 
 def test_training_costs_a_backward_pass_for_the_input_and_one_for_the_weights():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 
 import pytest
@@ -272,8 +273,12 @@ def test_weights_that_do_not_fit_are_named():
 
 
 def test_a_run_without_weights_or_an_end_cannot_be_started_from(source):
-    source.model = None
+    model, source.model = source.model, None
     with pytest.raises(RunError, match="only the card"):
+        lab.swap_head(source, 3)
+    source.model = model
+    shutil.rmtree(source.path)
+    with pytest.raises(RunError, match=r"no weights at .* retrain=True"):
         lab.swap_head(source, 3)
     source.info["stop_reason"] = "interrupted"
     with pytest.raises(RunError, match="Train it to the end"):
