@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -34,6 +37,13 @@ class Metrics:
     calibration_error: float  # mean over images of |accuracy - confidence| of their bin
     per_class: list[float]  # accuracy within each class
     confusion: list[list[int]]  # [true class][predicted class], images
+    hits: str = field(default="", repr=False)  # of each image a bit, in base64; older cards: none
+
+    @property
+    def right(self) -> Tensor | None:
+        """Which images it has right, bool [n]; None if the card that says so is an older one."""
+        bits = np.frombuffer(base64.b64decode(self.hits), np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, count=self.n) > 0) if self.hits else None
 
 
 def evaluate(model: nn.Module, split: Split, **options: Any) -> Metrics:
@@ -84,8 +94,8 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Me
         raise ValueError(f"evaluate: label {label} with {num_classes} logits an image. {hint}")
     preds, top_k = logits.argmax(dim=1), min(top_k, num_classes)
     confusion = tm.multiclass_confusion_matrix(preds, labels, num_classes)
-    hits = int(confusion.diagonal().sum())
-    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    right = (preds == labels).cpu().numpy()
+    interval = binomtest(int(right.sum()), n).proportion_ci(method="wilson")
     weighted = {"num_classes": num_classes, "average": "weighted"}
     # Stable like argmax, so that among equal logits the first is taken, on every machine.
     best = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
@@ -93,7 +103,7 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Me
     return Metrics(
         n=n,
         loss=F.cross_entropy(logits, labels).item(),
-        accuracy=hits / n,
+        accuracy=int(right.sum()) / n,
         accuracy_interval=(float(interval.low), float(interval.high)),
         top_k=top_k,
         top_k_accuracy=(best == labels[:, None]).any(dim=1).float().mean().item(),
@@ -103,6 +113,7 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Me
         calibration_error=float((bins.accuracy - bins.confidence).abs() @ bins.images / n),
         per_class=(confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)).tolist(),
         confusion=confusion.tolist(),
+        hits=base64.b64encode(np.packbits(right)).decode(),
     )
 
 

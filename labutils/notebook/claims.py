@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.tensors import ImageData
 from ..evaluation.metrics import predict
-from ..training.runs import Run, RunError
+from ..training.runs import Run
 
 MEDIA_TYPE = "application/vnd.labutils+json"
 ByModel = Mapping[str, float]  # accuracies in percent
@@ -57,6 +57,11 @@ class Score:
     def __sub__(self, other: "Score") -> pd.Series:
         """Difference of the test accuracies in points, for the seeds that both have."""
         return (self.values() - other.values()).dropna()
+
+    @property
+    def right(self) -> Tensor | None:
+        """Which test images the run of the first seed has right: bool [N]; see Metrics."""
+        return self.first.test(self.data).right
 
     @functools.cached_property
     def logits(self) -> Tensor:
@@ -192,11 +197,10 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
         evidence = f"{evidence}: by {mean_std(apart)} {unit}, n = {len(apart)}"
         return apart.mean() - width, apart.mean() + width, evidence
     if isinstance(one, Score) and isinstance(other, Score) and len(apart):
-        try:
-            right = (s.logits.argmax(dim=1) == s.data.test.labels.cpu() for s in (one, other))
+        right = one.right, other.right
+        if all(images is not None for images in right):
             return _mcnemar(*right, evidence)
-        except RunError:
-            evidence += ", no weights stored to compare the images"
+        evidence += ", no answers stored to compare the images"
     return -math.inf, math.inf, evidence
 
 

@@ -1,5 +1,6 @@
 """Scores against scikit-learn, closed forms and slow loops."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -78,6 +79,7 @@ def test_every_field_agrees_with_scikit_learn(case, seed):
     assert (found.precision, found.recall, found.f1) == pytest.approx(averaged[:3], abs=1e-6)
     assert found.calibration_error == pytest.approx(sum(gaps), abs=1e-5)
     assert found.confusion == confusion.tolist()
+    assert found.right.tolist() == (preds == truth).tolist()
     support = np.maximum(confusion.sum(axis=1), 1)
     assert found.per_class == pytest.approx(confusion.diagonal() / support)
 
@@ -188,6 +190,7 @@ def test_metrics_survive_json(case):
     found = metrics_from_logits(*random_case(2, **CASES[case]))
     again = lab.Metrics(**json.loads(json.dumps(asdict(found), allow_nan=False)))
     assert again == found
+    assert dataclasses.replace(again, hits="").right is None  # the card of an earlier version
 
 
 @pytest.fixture

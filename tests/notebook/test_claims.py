@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -21,19 +20,15 @@ class Fixed(lab.Score):
     def __init__(self, numbers, hits=None):
         numbers = pd.Series(numbers, dtype=float)
         object.__setattr__(self, "numbers", numbers)
-        labels = SimpleNamespace(labels=torch.ones(len(hits or []), dtype=torch.long))
-        super().__init__(dict.fromkeys(numbers.index), SimpleNamespace(test=labels))
+        super().__init__(dict.fromkeys(numbers.index), None)
         object.__setattr__(self, "given_hits", hits)
 
     def values(self, what="accuracy", *, tta=False):
         return self.numbers
 
     @property
-    def logits(self):
-        if self.given_hits is None:
-            raise lab.RunError("no weights")
-        hits = torch.tensor(self.given_hits, dtype=torch.float)
-        return torch.stack([1 - hits, hits], dim=1)
+    def right(self):
+        return None if self.given_hits is None else torch.tensor(self.given_hits)
 
 
 def verdict(method, *args, **kwargs):
@@ -98,13 +93,13 @@ def test_one_seed_or_two_are_settled_by_mcnemars_exact_test(pairs):
         assert verdict("above", *scores) == expected
 
 
-def test_one_seed_without_weights_or_of_a_difference_is_not_settled_and_says_why():
+def test_one_seed_without_answers_or_of_a_difference_is_not_settled_and_says_why():
     claims = lab.Claims("9.9")
-    claims.above("no weights", Fixed({0: 90.0}), Fixed({0: 10.0}))
+    claims.above("no answers", Fixed({0: 90.0}), Fixed({0: 10.0}))
     claims.above("a difference", pd.Series({0: 5.0}), pd.Series({0: 1.0}))
     claims.above("no seed in common", Fixed({0: 90.0}), Fixed({1: 10.0}))
     assert {row["verdict"] for row in claims.rows.values()} == {"not settled"}
-    assert "no weights" in claims.rows["no weights"]["evidence"]
+    assert "no answers" in claims.rows["no answers"]["evidence"]
     assert "n\u00a0=\u00a01" in claims.rows["a difference"]["evidence"]
 
 
@@ -169,8 +164,8 @@ def test_a_score_measures_each_seed(trained, data):
     best = [run.best("val_accuracy") for run in score.runs.values()]
     assert list(score.values("val_accuracy")) == pytest.approx([100 * value for value in best])
     assert list(score.values("epochs")) == [1, 1, 1]
-    hits = score.logits.argmax(dim=1) == data.test.labels
-    assert hits.float().mean().item() == pytest.approx(measured[0].accuracy)
+    assert score.right.equal(score.logits.argmax(dim=1) == data.test.labels)
+    assert score.right.double().mean().item() == measured[0].accuracy
 
 
 def test_the_long_table_has_a_row_for_each_run_and_split(trained):
