@@ -16,6 +16,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from pandas import DataFrame, Series, factorize
 
 PALETTE, GREY = sns.color_palette("colorblind"), "0.45"
+BAND = "band: lowest to highest"
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # a legend right of the axes
 FRAME = {"figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False}
 # Without parse_math a class may be called $x$.
@@ -45,10 +46,10 @@ def _checked(table: DataFrame, numbers: Sequence[str], hue: str, *names: str) ->
     return table.replace([np.inf, -np.inf], np.nan), colors
 
 
-def _describe(axis, y: str, sizes: Series, text: str | None = None) -> None:
+def _describe(axis, y: str, sizes: Series, note="", spread="mean ± deviation") -> None:
     """Name the y axis; say above the axes what is drawn, and of how many measurements."""
     n = " to ".join(str(size) for size in sorted({sizes.min(), sizes.max()}))
-    text = text if text is not None else "" if n == "1" else "mean ± deviation, "
+    text = note if n == "1" else f"{note}{spread}, "
     axis.set_title(f"{text}n = {n}", loc="left", fontsize=9, color=GREY)
     axis.set_ylabel(y)
 
@@ -72,14 +73,23 @@ def _named(axis, colors: dict) -> Figure:
 
 
 def _log_ticks(axis) -> None:
-    """Logarithmic scale, with ticks between powers of ten if these are too few; 20 k for 20000."""
+    """Logarithmic scale, with ticks between powers of ten if these are too few; 20 k for 20000.
+
+    Over more than eight decades all numbers are powers of ten.
+    """
     if not np.isfinite(axis.get_minpos()):
         return  # nothing positive to draw
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     decades = np.ptp(np.log10(axis.get_view_interval()))
     steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3)
     axis.set_major_locator(LogLocator(subs=steps if decades < 2.5 else (1,), numticks=9))
-    axis.set_major_formatter(lambda v, _: EngFormatter()(v) if v >= 1000 else f"{v:g}")
+
+    def written(value: float, _) -> str:
+        if decades > 8:
+            return f"1e{np.log10(value):.0f}"
+        return EngFormatter()(value) if value >= 1000 else f"{value:g}"
+
+    axis.set_major_formatter(written)
     axis.set_minor_locator(NullLocator())
 
 
@@ -148,7 +158,7 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
         _curves(axis, table, "epoch", f"val_{score}", hue, colors)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     seeds = table.groupby(hue)["seed"].nunique()
-    _describe(left, "mean cross-entropy (nats)", seeds, "val —   train ···   ")
+    _describe(left, "mean cross-entropy (nats)", seeds, "val —   train ···   ", BAND)
     _log_ticks(left.yaxis)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     right.set_ylabel("accuracy (%)")
@@ -161,15 +171,17 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
 def lines(
     table: DataFrame, *, x: str, y: str, hue: str, title: str, style=None, log_x=False
 ) -> Figure:
-    """y over x; style: a column of two values, solid and dotted; log_x: ticks at values of x."""
+    """y over x; style: a column of two values, solid and dotted; log_x: ticks at x, if whole."""
     table, colors = _checked(table, [x, y], hue, *([style] if style else []))
     _, (axis,) = _figure(title, 7.2, 4.4)
     note = ""
     for kind, rows in table.groupby(style or [""] * len(table), sort=False):
         _curves(axis, rows, x, y, hue, colors, ":" if note else "-")
         note += f"{kind} {'···' if note else '—'}   " if style else ""
-    _describe(axis, y, table.groupby([hue, style or hue, x]).size(), note)
-    if log_x:
+    _describe(axis, y, table.groupby([hue, style or hue, x]).size(), note, BAND)
+    if log_x and (table[x] % 1).any():
+        _log_ticks(axis.xaxis)
+    elif log_x:
         values = sorted(table[x][table[x] > 0].unique())
         ticks = []
         for value in values:  # a label takes a tenth of the axis
@@ -231,9 +243,9 @@ def layers(table: DataFrame, *, panel: str, hue: str, y: str, title: str) -> Fig
     for axis, (name, rows) in zip(axes, panels):
         _curves(axis, rows, "layer, from the input", y, hue, colors)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_title(name, loc="left")
+        sizes = rows.groupby([hue, "layer"])[y].count()
+        _describe(axis, y if axis is axes[0] else "", sizes[sizes > 0], f"{name}   ", BAND)
     _log_ticks(axes[0].yaxis)
-    axes[0].set_ylabel(y)
     return _named(axes[-1], colors)
 
 

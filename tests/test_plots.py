@@ -128,9 +128,17 @@ def callable_of_plots(name):
 
 
 def test_ticks_of_a_logarithmic_axis_are_values_that_do_not_touch():
-    table = results()["lines"].iloc[:4].assign(depth=[96.4293, 241.07, 257.14, 1908.2])
+    table = results()["lines"].iloc[:4].assign(depth=[96, 241, 257, 1908])
     axis = draw("lines", table).axes[0]
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["96.43", "241.1", "1908"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["96", "241", "1908"]
+
+
+def test_ticks_of_a_logarithmic_axis_of_fractions_are_round_numbers():
+    table = results()["lines"].iloc[:4].assign(depth=[96.4293, 241.07, 257.14, 1908.2])
+    figure = draw("lines", table)
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert {"100", "200", "500", "1 k"} <= set(labels)
 
 
 def test_a_logarithmic_axis_without_a_positive_value_has_no_ticks():
@@ -178,8 +186,8 @@ def test_axes_are_named(figures, name):
 @pytest.mark.parametrize(
     ("name", "expected", "groups"),
     [
-        ("learning_curves", "val —   train ···   n = 1 to 2", ["model", "epoch"]),
-        ("lines", "test —   train ···   n = 1 to 2", ["model", "depth", "split"]),
+        ("learning_curves", f"val —   train ···   {plots.BAND}, n = 1 to 2", ["model", "epoch"]),
+        ("lines", f"test —   train ···   {plots.BAND}, n = 1 to 2", ["model", "depth", "split"]),
         ("dots", "mean ± deviation, n = 1 to 2", ["recipe", "network"]),
         ("against", "mean ± deviation, n = 1 to 2", ["model"]),
     ],
@@ -187,7 +195,9 @@ def test_axes_are_named(figures, name):
 def test_a_figure_says_of_how_many_measurements_it_is(figures, name, expected, groups):
     assert figures[name].axes[0].get_title(loc="left") == expected
     single = results()[ARGUMENTS[name][0]].drop_duplicates(groups)
-    expected = expected.replace("mean ± deviation, ", "").replace("1 to 2", "1")
+    for spread in ("mean ± deviation, ", f"{plots.BAND}, "):
+        expected = expected.replace(spread, "")
+    expected = expected.replace("1 to 2", "1")
     assert draw(name, single).axes[0].get_title(loc="left") == expected
 
 
@@ -314,7 +324,9 @@ def test_layers_share_a_scale_and_leave_a_gap_where_nothing_arrives(figures):
     assert (low, high) == second.get_ylim()
     assert low <= 1e-9
     assert high >= 1e3
-    assert [axis.get_title(loc="left") for axis in (first, second)] == ["before", "after"]
+    titles = [axis.get_title(loc="left") for axis in (first, second)]
+    assert titles == ["before   n = 1", "after   n = 1"]
+    assert "1e-9" in [label.get_text() for label in first.get_yticklabels()]
 
 
 def case(kind):
