@@ -36,7 +36,7 @@ class Split:
         """uint8 [n, C, H, W] -> float32 [n, C, H, W] with zero mean and unit deviation on train."""
         statistics = torch.tensor([self.mean, self.std]).view(2, 1, -1, 1, 1) * 255
         mean, std = statistics.to(images.device, non_blocking=True)
-        return images.float().sub_(mean).div_(std)
+        return images.to(torch.float32, copy=True).sub_(mean).div_(std)
 
     def pixels(self, images: Tensor) -> Tensor:
         """The inverse of normalise: float32 [n, C, H, W] -> uint8 [n, C, H, W], clamped."""

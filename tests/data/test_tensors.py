@@ -187,11 +187,18 @@ def test_the_fingerprint_of_large_data_is_computed_in_pieces():
     assert found == hashlib.sha256(3 * part).hexdigest()[:12]
 
 
+def test_pixels_that_are_floats_are_normalised_in_a_copy(digits):
+    pixels = digits.test.images.float()
+    split = dataclasses.replace(digits.test, images=pixels)
+    assert split.normalise(split.images).equal(digits.test.normalise(digits.test.images))
+    assert pixels.equal(digits.test.images.float())
+
+
 def test_a_run_belongs_to_the_data_as_they_are(digits):
     def trained(data):
         torch.manual_seed(0)
         model = lab.MLP(data.num_features, [4], data.num_classes)
-        return lab.train(model, data, lab.TrainConfig(epochs=1), name="fingerprint", track=False)
+        return lab.train(model, data, lab.TrainConfig(epochs=1), name="fingerprint", track=None)
 
     run = trained(digits)
     assert trained(dataclasses.replace(digits)).key == run.key
