@@ -171,7 +171,8 @@ def _download(name: str) -> None:
         socket.setdefaulttimeout(30)  # seconds; a server that falls silent would hang us for ever
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
             getattr(datasets, known.dataset)(temporary, **options, download=True)
-            Path(temporary, known.folder).replace(root / known.folder)
+            if not (root / known.folder).exists():  # a notebook beside this one may be first
+                Path(temporary, known.folder).replace(root / known.folder)
     except Exception as error:  # a proxy that answers in its own words is no OSError
         raise DataError(
             f"load_data: {name!r} is not on disk and could not be downloaded: {first_line(error)}\n"

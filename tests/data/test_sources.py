@@ -386,6 +386,20 @@ def test_a_download_takes_its_place_when_it_is_whole(monkeypatch):
     assert len(read("mnist").test[1]) == 5
 
 
+def test_two_notebooks_may_fetch_the_same(monkeypatch):
+    whole = datasets.MNIST
+
+    def fetch(root, train=True, download=False):
+        if download:
+            write_mnist(Path(root))
+            write_mnist(data_dir())  # the other one is first
+        return whole(root, train=train)
+
+    monkeypatch.setattr(datasets, "MNIST", fetch)
+    assert len(read("mnist").train[1]) == 12
+    assert [path.name for path in data_dir().iterdir()] == ["MNIST"]
+
+
 def test_imagenette_is_fetched_as_a_folder_with_readable_names(monkeypatch):
     # Found by torchvision, but nowhere else in public.
     whole = datasets.Imagenette
