@@ -8,12 +8,13 @@ take 50 passes; a record takes one an epoch, and holds every augmentation.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base import device as machine
 from ..base.files import atomic_write, digest, runs_dir
@@ -36,10 +37,12 @@ class Teacher:
 
     run: Run
     classes: Sequence[int] = ()
+    _model: nn.Module = field(init=False, repr=False)
     _weights: str = field(init=False, repr=False)  # a run that was trained anew may have others
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_weights", weights_digest(self.run.require_model().state_dict()))
+        object.__setattr__(self, "_model", self.run.network())
+        object.__setattr__(self, "_weights", weights_digest(self._model.state_dict()))
         count = len(self.run.info["data"]["classes"])
         check("Teacher", {"classes": list[int]}, {"classes": list(self.classes)})
         if self.classes and sorted(self.classes) != [*range(count)]:
@@ -70,7 +73,8 @@ class Teacher:
         views = {"augment": config.values()["augment"], "batch_size": batch_size}
         views |= {"seed": config.seed, "epoch": epoch, "data": data.fingerprint}
         views["device"] = data.train.images.device.type
-        path = runs_dir() / ".teachers" / f"{self.run.key}-{data.name}" / f"{digest(views)}.f16"
+        home = re.sub(r"[^\w.-]+", "-", f"{self.run.key}-{data.name}")  # which may be a path
+        path = runs_dir() / ".teachers" / home / f"{digest(views)}.f16"
         owner = hashlib.sha256(f"{self._weights} {data.fingerprint}".encode()).digest()
         shown = min(len(data.train), data.train.num_batches(batch_size) * batch_size)
         shape = shown, data.num_classes
@@ -88,7 +92,7 @@ class Teacher:
         """What it says of the views of an epoch: float16 [n, num_classes], on the CPU."""
         device, batches = data.train.images.device, []
         precision = machine.usable_precision(self.run.info.get("precision", "float32"), device)
-        model = self.run.require_model().to(device)
+        model = self._model.to(device)
         order = {"seed": config.seed, "epoch": epoch, "augment": config.augment}
         with in_mode(model, training=False), machine.autocast(precision, device):
             for images, _ in data.train.shuffled(batch_size, **order):

@@ -65,11 +65,17 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def build(spec: dict[str, Any]) -> nn.Module:
-    """The model of a spec, with fresh weights; ValueError for an unknown name or argument."""
+def is_known(spec: dict[str, Any]) -> bool:
+    """Whether a spec is that of a registered network."""
     # They register their networks; torchvision, which some need, takes a second to import.
     for module in ("mlp", "convnets", "resnet", "fastnet"):
         importlib.import_module(f".{module}", __package__)
+    return spec.get("model") in [*MODELS]
+
+
+def build(spec: dict[str, Any]) -> nn.Module:
+    """The model of a spec, with fresh weights; ValueError for an unknown name or argument."""
     arguments = check("build", {"spec": dict[str, Any]}, {"spec": spec})["spec"]
-    check("build", {"model": Literal[*sorted(MODELS)]}, {"model": arguments.get("model")})
+    if not is_known(arguments):
+        check("build", {"model": Literal[*sorted(MODELS)]}, {"model": arguments.get("model")})
     return MODELS[arguments.pop("model")](**arguments)

@@ -20,7 +20,7 @@ from ..base.files import models_dir, runs_dir
 from ..base.settings import first_line, suggestion
 from ..data.tensors import ImageData
 from ..evaluation import metrics
-from ..models.registry import build
+from ..models.registry import build, is_known
 from . import cards
 from .cards import RunError, load_weights, save_weights
 from .watch import warn
@@ -100,10 +100,7 @@ class Run:
             raise RunError(f"{problem}. Load it with the same name, val_size and seed.")
 
     def _measure(self, data: ImageData, name: str, *, half: bool = False) -> metrics.Metrics:
-        # A copy with the stored weights: the caller may have gone on changing the model.
-        model = copy.deepcopy(self.require_model())
-        if self.weights.exists():
-            load_weights(model, self.weights)
+        model = self.network()
         if half:
             model.half().float()
         options = {"precision": self.info.get("precision", "float32"), "tta": name == "test_flip"}
@@ -115,6 +112,13 @@ class Run:
             problem = f"{self.name}: only the card of this run is published ({self.path.name})"
             raise RunError(f"{problem}. To have its weights, train with retrain=True.")
         return self.model
+
+    def network(self) -> nn.Module:
+        """A copy of the model with the stored weights: a caller may have gone on changing it."""
+        model = copy.deepcopy(self.require_model())
+        if self.weights.exists():
+            load_weights(model, self.weights)
+        return model
 
     def __repr__(self) -> str:
         if not self.rows:
@@ -148,7 +152,12 @@ def open_stored(path: Path, model: nn.Module | None = None) -> Run:
         if card["weights"]:
             if card["weights"] != cards.sha256(run.weights):
                 raise ValueError(f"{run.weights.name} is not what was stored with the card")
-            run.model = build(card["info"]["model"]) if model is None else model
+            spec = card["info"]["model"]
+            if model is None and not is_known(spec):
+                problem = f"{run.name}: labutils cannot build its network, which is your own"
+                remedy = "Build it, then `load_state_dict` of safetensors.torch.load_file"
+                raise RunError(f"{problem}. {remedy}({str(run.weights)!r}).")
+            run.model = build(spec) if model is None else model
             load_weights(run.model, run.weights)
     # Text that is valid JSON but of another shape fails with an error of Python's own.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

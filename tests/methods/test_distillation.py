@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import labutils as lab
 from labutils.methods import distillation
 from labutils.training import watch
+from labutils.training.cards import save_weights
 from labutils.training.runs import RunError
 
 DISTORTED = lab.Augment(crop=1, flip="alternating", rotate=10, cutout=2)
@@ -113,10 +114,9 @@ def test_ctrl_c_while_it_answers_leaves_no_record(data, teacher):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    handle = teacher.run.model.register_forward_pre_hook(interrupt)
+    teacher.run.model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        teacher.lessons(data, CONFIG, 0, 10)
-    handle.remove()
+        lab.Teacher(teacher.run).lessons(data, CONFIG, 0, 10)
     assert not [
         path
         for path in distillation.runs_dir().rglob("*")
@@ -157,8 +157,24 @@ def test_other_data_views_and_seeds_have_records_of_their_own_and_weights_replac
     assert len(records()) == 4
     with torch.no_grad():
         teacher.run.model.head.bias.add_(1)
+    save_weights(teacher.run.weights, teacher.run.model.state_dict())
     later = lab.Teacher(teacher.run)
     torch.testing.assert_close(later.lessons(data, CONFIG, 0, 10), first + 1, rtol=0, atol=4e-3)
+
+
+def test_a_teacher_has_the_weights_of_its_run_whatever_its_network_did_since(data, teacher):
+    first = teacher.lessons(data, CONFIG, 0, 10)
+    with torch.no_grad():
+        teacher.run.model.head.bias.add_(1)  # trained on, say
+    records()[0].unlink()
+    assert torch.equal(teacher.lessons(data, CONFIG, 0, 10), first)
+    assert lab.Teacher(teacher.run)._weights == teacher._weights
+
+
+def test_what_is_said_of_a_folder_of_images_stays_in_the_folder_of_runs(data, teacher):
+    named = replace(data, name="folder:../../elsewhere")
+    teacher.lessons(named, CONFIG, 0, 10)
+    assert len(records()) == 1
 
 
 def test_what_a_network_of_ones_own_has_said_is_found_again(data, monkeypatch):
@@ -219,6 +235,7 @@ def test_a_teacher_of_other_classes_or_images_is_named(data, teacher):
 def test_logits_that_float16_cannot_hold_are_refused(data, teacher):
     with torch.no_grad():
         teacher.run.model.head.bias.fill_(1e6)
+    save_weights(teacher.run.weights, teacher.run.model.state_dict())
     with pytest.raises(ValueError, match="teacher run are not finite in float16"):
         lab.Teacher(teacher.run).lessons(data, CONFIG, 0, 10)
     assert not records()

@@ -568,6 +568,15 @@ def test_a_published_run_is_loaded_when_the_runs_folder_is_gone(run, data):
     assert same_weights(load_run(run.name).require_model(), run.model)
 
 
+def test_a_network_of_ones_own_is_not_called_damaged(data):
+    own = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3))
+    run = lab.train(own, data, CONFIG, name="own", track=None, progress=False)
+    with pytest.raises(RunError, match=r"^own: labutils cannot build its network") as caught:
+        load_run("own")
+    assert str(run.weights) in str(caught.value)
+    assert "Remove" not in str(caught.value)
+
+
 def test_a_name_that_is_not_one_runs_is_refused(run, data):
     with pytest.raises(RunError, match=r"name = 'rum'. There is no such run. Did you mean 'run'"):
         load_run("rum")
