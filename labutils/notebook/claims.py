@@ -9,19 +9,23 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
+import torch
 from scipy import stats
 from torch import Tensor
 
+from ..base.settings import check
 from ..data.tensors import ImageData
-from ..evaluation.metrics import predict
+from ..evaluation.metrics import Metrics, predict
 from ..training.runs import Run
 
 MEDIA_TYPE = "application/vnd.labutils+json"
 ByModel = Mapping[str, float]  # accuracies in percent
 NONE: ByModel = {}
+_MEASURED = [name for name, kind in Metrics.__annotations__.items() if kind == "float"]
+_MEASURED += ["train_loss", "train_accuracy", "val_loss", "val_accuracy", "epochs", "seconds"]
 MARKS = {"holds": "✔", "fails": "✘", "not settled": "?"}
 
 
@@ -40,10 +44,11 @@ class Score:
     def values(self, what: str = "accuracy", *, tta: bool = False) -> pd.Series:
         """One number for each seed, indexed by seed.
 
-        what: a field of Metrics, measured on the test split, with test-time augmentation if tta; a
-            column of the history at the best epoch, such as val_accuracy; or epochs or seconds.
-        Losses are in nats, all else that is measured in percent.
+        what: a number of Metrics, measured on the test split, with test-time augmentation if tta; a
+            loss or an accuracy of the history at the best epoch, such as val_accuracy; or epochs or
+            seconds. Losses are in nats, all else that is measured in percent.
         """
+        check("values", {"what": Literal[*_MEASURED]}, {"what": what})
         found = {}
         for seed, run in self.runs.items():
             if what in ("epochs", "seconds"):
@@ -58,10 +63,9 @@ class Score:
         """Difference of the test accuracies in points, for the seeds that both have."""
         return (self.values() - other.values()).dropna()
 
-    @property
-    def right(self) -> Tensor | None:
-        """Which test images the run of the first seed has right: bool [N]; see Metrics."""
-        return self.first.test(self.data).right
+    def right(self, seed: int) -> Tensor | None:
+        """Which test images the run of a seed has right: bool [N]; see Metrics."""
+        return self.runs[seed].test(self.data).right
 
     @functools.cached_property
     def logits(self) -> Tensor:
@@ -70,7 +74,7 @@ class Score:
         Raises RunError if its weights are not stored.
         """
         precision = self.first.info.get("precision", "float32")
-        model, few = self.first.require_model(), 64  # images at once, which stay in the cache
+        model, few = self.first.network(), 64  # images at once, which stay in the cache
         return predict(model, self.data.test, precision=precision, batch_size=few).cpu()
 
     def __repr__(self) -> str:
@@ -107,7 +111,8 @@ class Claims:
     As the last expression of a cell it shows the claims made since it was last shown.
     Accuracies are compared seed by seed: a claim is settled by the 95 % t interval of the mean
     difference. One seed or two say too little for that; then McNemar's exact test (1947), 5 %
-    two-sided, looks at the first seed's networks: the test images that only one of them gets right.
+    two-sided, looks at the networks of the first that both have: at the test images that only one
+    of them gets right.
     """
 
     exercise: str
@@ -197,10 +202,14 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
         evidence = f"{evidence}: by {mean_std(apart)} {unit}, n = {len(apart)}"
         return apart.mean() - width, apart.mean() + width, evidence
     if isinstance(one, Score) and isinstance(other, Score) and len(apart):
-        right = one.right, other.right
-        if all(images is not None for images in right):
+        tests = [(score.data.test.images, score.data.test.labels) for score in (one, other)]
+        right = [score.right(apart.index[0]) for score in (one, other)]
+        if not all(map(torch.equal, *tests)):
+            evidence += ", not of the same test images"
+        elif any(images is None for images in right):
+            evidence += ", no answers stored to compare the images"
+        else:
             return _mcnemar(*right, evidence)
-        evidence += ", no answers stored to compare the images"
     return -math.inf, math.inf, evidence
 
 
@@ -210,6 +219,8 @@ def _mcnemar(one: Tensor, other: Tensor, evidence: str) -> tuple[float, float, s
     p = stats.binomtest(only, only + others).pvalue if only + others else 1.0
     gain = 100 * (only - others) / n
     width = 196 / n * math.sqrt(only + others - (only - others) ** 2 / n)
+    if not only + others:  # the rule of three: so many images apart would be likely to show
+        width = 300 / n
     if p >= 0.05:  # the normal interval may be a little narrower than the exact test allows
         width = max(width, abs(gain))
     alone = f"{100 * only / n:.1f} % against {100 * others / n:.1f} % of {n:,} images alone right"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from pydantic import Field
+from pydantic import Field, InstanceOf
 from torch import nn
 
 from .. import __version__
@@ -55,7 +55,7 @@ class Experiment:
     ) -> None:
         self.exercise, self.data, self.retrain, self.publishes = exercise, data, retrain, publish
         self.seeds = _checked(seeds)
-        # By the run's name, so that a cell can run twice: labels and seed, run, data.
+        # By labels and seed, so that a cell can run twice: these, run, data.
         self._trained: dict[str, tuple[dict[str, Any], Run, ImageData]] = {}
 
     def fit(
@@ -73,12 +73,19 @@ class Experiment:
         build: makes the network with fresh weights; it is called under the seed. seeds, data: other
             than the experiment's own. teacher: see train.
         labels: what tells this training from the others. They name the run and become columns of
-            `frame`, and are no part of what a stored run is found by.
-        Raises ValueError for seeds that are none or not distinct; KeyboardInterrupt if a training
-        was interrupted: an unfinished run is no result.
+            `frame` and `histories`, in place of what has the same name there; they are no part of
+            what a stored run is found by.
+        Raises ValueError for seeds that are none or not distinct, a label `seed`, and a network in
+        place of what builds it; KeyboardInterrupt if a training was interrupted: an unfinished run
+        is no result.
         """
+        check("fit", {"config": InstanceOf[TrainConfig]}, {"config": config})
+        if isinstance(build, nn.Module) or "seed" in labels:
+            remedy = "build as a function, `lambda: lab.MLP(...)` say, and seeds as seeds=[...]"
+            raise ValueError(f"fit: every seed needs a network of its own. Give {remedy}.")
         data, runs = data or self.data, {}
-        words = [v if isinstance(v, str) else f"{n}{v:.12g}" for n, v in labels.items()]
+        written = {n: f"{v:.12g}" if isinstance(v, float) else v for n, v in labels.items()}
+        words = [v if isinstance(labels[n], str) else f"{n}{v}" for n, v in written.items()]
         for seed in self.seeds if seeds is None else _checked(seeds):
             name = "_".join([self.exercise, *words, f"seed{seed}"])
             name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
@@ -89,7 +96,8 @@ class Experiment:
             if run.stop_reason == "interrupted":
                 raise KeyboardInterrupt(f"{name} was interrupted. Run the cell again to go on.")
             runs[seed] = run
-            self._trained[name] = {**labels, "seed": seed}, run, data
+            its_labels = {**labels, "seed": seed}
+            self._trained[repr(its_labels)] = its_labels, run, data
         return Score(runs, data)
 
     def _matching(self, labels: dict[str, Any]) -> list[tuple[dict[str, Any], Run, ImageData]]:
@@ -113,7 +121,7 @@ class Experiment:
         rows = []
         for labels, run, _ in self._trained.values():
             row = {**labels, "epochs": run.epochs, "seconds": run.seconds}
-            row |= {"val_loss": run.best("val_loss"), "stopped": run.stop_reason}
+            row |= {"val_loss": run.best("val_loss"), "stopped": run.stop_reason, **labels}
             for split in ("train", "val"):
                 row[f"{split} accuracy (%)"] = 100 * run.best(f"{split}_accuracy")
             rows.append(row)
@@ -161,6 +169,10 @@ class Experiment:
         chosen = {run.key for run in weights}
         # A key may have several labels; trained again by the latest, it is stored as that alone.
         stored = {run.key: (run, data) for _, run, data in self._trained.values()}
+        if unknown := chosen - stored.keys():
+            raise ValueError(
+                f"publish: weights of {unknown}, which are no runs of this experiment."
+            )
         for key, (run, data) in stored.items():
             rounded = data if half else None
             exact = f"OMP_NUM_THREADS={run.info['threads']} {command}"  # sums in the same parts

@@ -1,7 +1,9 @@
 """Verdicts against scipy's tests, and claims that travel with the notebook that makes them."""
 
+import dataclasses
 import math
 import statistics
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,6 +15,8 @@ from scipy import stats
 import labutils as lab
 from labutils.notebook.claims import MEDIA_TYPE
 
+IMAGES = SimpleNamespace(images=torch.zeros(1), labels=torch.zeros(1))
+
 
 class Fixed(lab.Score):
     """A score of given numbers and given hits."""
@@ -20,14 +24,13 @@ class Fixed(lab.Score):
     def __init__(self, numbers, hits=None):
         numbers = pd.Series(numbers, dtype=float)
         object.__setattr__(self, "numbers", numbers)
-        super().__init__(dict.fromkeys(numbers.index), None)
+        super().__init__(dict.fromkeys(numbers.index), SimpleNamespace(test=IMAGES))
         object.__setattr__(self, "given_hits", hits)
 
     def values(self, what="accuracy", *, tta=False):
         return self.numbers
 
-    @property
-    def right(self):
+    def right(self, seed):
         return None if self.given_hits is None else torch.tensor(self.given_hits)
 
 
@@ -103,6 +106,48 @@ def test_one_seed_without_answers_or_of_a_difference_is_not_settled_and_says_why
     assert "n\u00a0=\u00a01" in claims.rows["a difference"]["evidence"]
 
 
+def test_mcnemars_test_is_of_a_seed_that_both_have_and_of_the_same_images(data):
+    ex = lab.Experiment("9.9", data, seeds=[0, 1])
+    options = {"epochs": 1, "lr": 1e-2}
+
+    def build():
+        return lab.MLP(64, [8], 10)
+
+    both = ex.fit(build, lab.TrainConfig(**options), model="both")
+    second = ex.fit(build, lab.TrainConfig(**options), model="second", seeds=[1])
+    assert verdict("close", both, second, within=1) == "holds"  # the very same run
+    order = torch.randperm(len(data.test.labels))
+    test = dataclasses.replace(data.test, images=data.test.images[order])
+    for other in (test, dataclasses.replace(test, images=test.images[:9], labels=test.labels[:9])):
+        claims = lab.Claims("9.9")
+        its_data = dataclasses.replace(data, test=other)
+        its_score = ex.fit(build, lab.TrainConfig(**options), data=its_data, model="other")
+        claims.above("other images", both, its_score)
+        [row] = claims.rows.values()
+        assert row["verdict"] == "not settled"
+        assert row["evidence"].endswith("not of the same test images")
+
+
+def test_a_few_images_that_tell_nobody_apart_do_not_show_that_nothing_does():
+    assert verdict("close", Fixed({0: 1}, [True] * 10), Fixed({0: 1}, [True] * 10), within=5) == (
+        "not settled"
+    )
+    many = [True] * 10_000
+    assert verdict("close", Fixed({0: 1}, many), Fixed({0: 1}, many), within=1) == "holds"
+
+
+def test_a_score_has_numbers_that_are_known_and_of_the_stored_weights(data):
+    ex = lab.Experiment("9.9", data, seeds=[0])
+    score = ex.fit(lambda: lab.MLP(64, [8], 10), lab.TrainConfig(epochs=1), model="tiny")
+    for what in ("n", "per_class", "lr", "acuracy"):
+        with pytest.raises(ValueError, match=f"^values: what = '{what}'"):
+            score.values(what)
+    with torch.no_grad():
+        list(score.first.model.parameters())[-1].add_(torch.arange(10.0))
+    hits = score.logits.argmax(dim=1) == data.test.labels
+    assert 100 * hits.double().mean().item() == score.values()[0]
+
+
 def test_seeds_are_paired_by_their_number_not_their_place():
     one, other = pd.Series({0: 1.0, 1: 50.0, 2: 9.0}), pd.Series({2: 8.0, 1: 49.0, 0: 0.1})
     assert verdict("above", one, other) == "holds"
@@ -164,8 +209,9 @@ def test_a_score_measures_each_seed(trained, data):
     best = [run.best("val_accuracy") for run in score.runs.values()]
     assert list(score.values("val_accuracy")) == pytest.approx([100 * value for value in best])
     assert list(score.values("epochs")) == [1, 1, 1]
-    assert score.right.equal(score.logits.argmax(dim=1) == data.test.labels)
-    assert score.right.double().mean().item() == measured[0].accuracy
+    assert score.right(0).equal(score.logits.argmax(dim=1) == data.test.labels)
+    for seed, found in enumerate(measured):
+        assert score.right(seed).double().mean().item() == found.accuracy
 
 
 def test_the_long_table_has_a_row_for_each_run_and_split(trained):

@@ -143,6 +143,35 @@ def test_labels_that_differ_late_are_different_runs(data):
     assert len(ex.frame) == 2
 
 
+def test_labels_that_give_the_same_file_name_are_different_runs(data):
+    ex = lab.Experiment("9.9", data, seeds=[0])
+    for model in ("a+b", "a b"):
+        ex.fit(make_model, CONFIG, model=model, widths=(3, 4), dropout=None)
+    assert list(ex.frame.model) == ["a+b", "a b"]
+    assert len(ex.score(model="a+b").runs) == 1
+
+
+def test_a_label_stands_in_place_of_a_column_of_its_name(data):
+    ex = lab.Experiment("9.9", data, seeds=[0])
+    ex.fit(make_model, CONFIG, epochs=30, lr=0.5)
+    assert list(ex.frame.epochs) == list(ex.histories().epochs) == [30]
+    assert list(ex.histories().lr) == [0.5]
+
+
+def test_what_cannot_be_fitted_or_published_is_named(data, tmp_path):
+    ex = lab.Experiment("9.9", data, seeds=[0], publish=True)
+    with pytest.raises(ValueError, match=r"^fit: every seed needs a network of its own\..*lambda"):
+        ex.fit(make_model(), CONFIG, model="tiny")
+    with pytest.raises(ValueError, match=r"^fit: every seed needs"):
+        ex.fit(make_model, CONFIG, seed=3)
+    with pytest.raises(ValueError, match=r"^fit: config = 'ours'"):
+        ex.fit(make_model, "ours", model="tiny")
+    other = lab.Experiment("9.8", data, seeds=[0]).fit(make_model, CONFIG, model="tiny")
+    with pytest.raises(ValueError, match=r"^publish: weights of .* no runs of this experiment"):
+        ex.publish(weights=[other.first], figures={})
+    assert not (tmp_path / "models").exists()
+
+
 def test_only_an_experiment_that_publishes_does(data, tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
