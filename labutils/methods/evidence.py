@@ -27,7 +27,7 @@ def random_maps(n: int, size: tuple[int, int], *, blur: float = 0.0, seed: int =
 
 
 def centre_prior(n: int, size: tuple[int, int]) -> Tensor:
-    """Maps that know photographers: 1 in the centre, 0 in the corners, float32 [n, H, W]."""
+    """Maps that know photographers: highest in the centre, 0 in the corners, float32 [n, H, W]."""
     sides = [torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1) for side in size]
     distance = torch.hypot(sides[0][:, None], sides[1])
     return (1 - distance / distance.max().clamp(min=1e-12)).expand(n, -1, -1).clone()
@@ -45,6 +45,7 @@ def localisation(maps: Tensor, masks: Tensor) -> pd.DataFrame:
     if maps.shape != masks.shape or maps.ndim != 3:
         shapes = f"{list(maps.shape)} and {list(masks.shape)}"
         raise ValueError(f"localisation: maps and masks are {shapes}. Give [N, H, W] for both.")
+    places = ranks(maps).flatten(1)
     maps, masks = maps.flatten(1).cpu().double(), masks.flatten(1).cpu().bool()
     if not ((maps >= 0).all() and masks.any(1).all()):
         problem = "localisation: a map is negative somewhere, or a mask is empty"
@@ -53,13 +54,8 @@ def localisation(maps: Tensor, masks: Tensor) -> pd.DataFrame:
     total, area = maps.sum(1), masks.sum(1)
     chance = area / masks.shape[1]
     energy = torch.where(total > 0, (maps * masks).sum(1) / total.clamp(min=1e-300), chance)
-    # Among equal pixels the order is random, lest a flat map be credited with the first ones.
-    order = torch.from_numpy(np.random.default_rng(0).permutation(masks.shape[1]))
-    ranked = order[maps[:, order].argsort(dim=1, descending=True)]
-    found = masks.gather(1, ranked)
-    kept = torch.arange(masks.shape[1]) < area[:, None]
-    columns = {"pointing": found[:, 0].double(), "energy": energy}
-    columns |= {"recall": (found & kept).sum(1) / area, "chance": chance}
+    columns = {"pointing": (masks & (places == 0)).any(1).double(), "energy": energy}
+    columns |= {"recall": (masks & (places < area[:, None])).sum(1) / area, "chance": chance}
     return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
 
 
@@ -84,8 +80,14 @@ def quadrant(maps: Tensor, index: int) -> Tensor:
 
 
 def ranks(maps: Tensor) -> Tensor:
-    """The place of each pixel in the order of its map [N, H, W], 0 for the highest: int64."""
-    return maps.flatten(1).argsort(dim=1, descending=True).argsort(dim=1).view_as(maps)
+    """The place of each pixel in the order of its map [N, H, W], 0 for the highest: int64.
+
+    Among equal pixels the order is random, lest a flat map be credited with the first ones.
+    """
+    values = maps.flatten(1).cpu()
+    order = torch.from_numpy(np.random.default_rng(0).permutation(values.shape[1]))
+    ranked = order[values[:, order].argsort(dim=1, descending=True, stable=True)]
+    return ranked.argsort(dim=1).view_as(maps)
 
 
 def removal(
@@ -103,8 +105,8 @@ def removal(
     images: normalised, float [N, C, H, W]. maps: [N, H, W]. classes: int64 [N].
     fill: (images, gone), bool [N, 1, H, W], to images with something else where they are gone.
     keep: begin with nothing and add the highest pixels instead.
-    One row an image, a column for each fraction of the pixels that are taken or added, 0 to 1; the
-    mean of a row is the area under its curve (deletion and insertion of Petsiuk et al. 2018,
+    One row an image, a column for each fraction of the pixels that are taken or added, 0 to 1;
+    their mean stands for the area under the curve (deletion and insertion of Petsiuk et al. 2018,
     https://arxiv.org/abs/1806.07421; ROAD of Rong et al. 2022, https://arxiv.org/abs/2202.00449,
     depends on the fill alone).
     """

@@ -68,6 +68,14 @@ def test_maps_and_masks_that_do_not_fit_are_named(maps, masks, wanted):
         evidence.localisation(maps, masks)
 
 
+def test_equal_pixels_are_in_random_order():
+    flat = evidence.ranks(torch.zeros(1, 32, 32))[0]
+    assert sorted(flat.flatten().tolist()) == list(range(1024))
+    assert 0.3 < (flat[:16] < 512).float().mean() < 0.7
+    half = evidence.ranks(torch.eye(32)[None])[0]
+    assert sorted(half.diagonal().tolist()) == list(range(32))
+
+
 def test_baselines_know_nothing_of_the_image():
     plain, smooth = (evidence.random_maps(50, (20, 30), blur=blur) for blur in (0, 4))
     assert plain.shape == smooth.shape == (50, 20, 30)
