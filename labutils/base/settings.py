@@ -76,7 +76,7 @@ class Augment:
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
     translate: NonNegativeFloat = 0.0  # pixels, either way, on both axes
     zoom: Fraction = 0.0  # scale drawn from [1 - zoom, 1 + zoom]
-    area: Annotated[float, Field(gt=0, le=1)] = 1.0  # least share of the image that a window shows
+    area: Annotated[float, Field(gt=0, le=1)] = 1.0  # least area of a window drawn, of the image's
     cutout: Pixels = 0  # side of a square that is blanked
 
 
@@ -93,7 +93,7 @@ class TrainConfig:
     bias_lr: PositiveFloat = 0.1  # the same for what muon leaves to sgd: all vectors, and
     head_lr: PositiveFloat = 0.1  # the weights of the last layer
     stage_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of lr, for each stage further below
-    weight_decay: NonNegativeFloat = 0.0  # decoupled for adamw and beside muon, else an L2 term
+    weight_decay: NonNegativeFloat = 0.0  # decoupled for adamw, else an L2 term
     schedule: Literal["constant", "onecycle", "linear"] = "constant"
     label_smoothing: Fraction = 0.0  # Szegedy et al. 2016, https://arxiv.org/abs/1512.00567
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of a teacher in the loss; 0: none

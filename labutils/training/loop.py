@@ -32,6 +32,7 @@ from .target import Teacher, batch_loss, require_teachable
 
 _KINDS = {"model": InstanceOf[nn.Module], "data": InstanceOf[ImageData]}
 _KINDS |= {"config": InstanceOf[TrainConfig], "checkpoint_seconds": NonNegativeFloat}
+_KINDS |= {"teacher": InstanceOf[Teacher] | None, "track": str | list[str] | None}
 _KINDS |= {"name": Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$")]}
 
 
@@ -70,7 +71,8 @@ def train(
     """
     config = config or TrainConfig()
     given = {"model": model, "data": data, "config": config, "name": name}
-    check("train", _KINDS, given | {"checkpoint_seconds": checkpoint_seconds})
+    given |= {"teacher": teacher, "track": track, "checkpoint_seconds": checkpoint_seconds}
+    check("train", _KINDS, given)
     require_trainable(model, data, config)
     require_teachable(teacher, data, config)
     run = _describe(model, data, config, teacher, name)
@@ -95,7 +97,7 @@ def _loop(state, data, config, teacher, after_step, after_epoch) -> str | None:
         order = {"seed": config.seed, "epoch": epoch, "start": state.batch}
         batches = data.train.shuffled(_part_size(config), **order, augment=config.augment)
         model.train()
-        for parts in _grouped(batches, config.accumulate):  # the batches of one step
+        while parts := [*islice(batches, config.accumulate)]:  # the batches of one step
             step = epoch * steps + state.batch // config.accumulate
             size = sum(len(labels) for _, labels in parts)
             for images, labels in parts:
@@ -121,11 +123,6 @@ def _loop(state, data, config, teacher, after_step, after_epoch) -> str | None:
         after_epoch()
         if reason := stop_reason(state.rows, config):
             return reason
-
-
-def _grouped(batches, size: int):
-    while group := [*islice(batches, size)]:
-        yield group
 
 
 def _part_size(config) -> int:
@@ -170,6 +167,8 @@ def _train(run, data, config, teacher, track, progress, checkpoint_seconds) -> R
             watch.show_mirrors(mirrors, state.rows[-1])
 
         reason = _loop(state, data, config, teacher, after_step, after_epoch)
+        # They write into the run's folder, which is about to get another name.
+        watch.show_mirrors(mirrors, state.summary(), final=True)
         _finish(run, state, reason or "interrupted")
         bar.note(run.stop_reason)
     if interrupted and reason:

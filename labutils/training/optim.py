@@ -20,6 +20,11 @@ def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) ->
         allowed = f"Choose at most {len(split)}, the images of the training split."
         raise ValueError(f"train: batch_size = {config.batch_size}. {allowed}")
     require_fit(config.augment, shape)
+    single = config.batch_size == config.accumulate
+    if single and any(isinstance(part, nn.BatchNorm1d) for part in model.modules()):
+        problem = f"batch_size = {config.batch_size} in {config.accumulate} parts are single images"
+        hint = "which batch normalisation cannot compare with anything. Choose a larger batch_size"
+        raise ValueError(f"train: {problem}, {hint}.")
     if not num_parameters(model):
         raise ValueError("train: the model has no parameter that requires a gradient.")
     if config.optimizer == "muon":
@@ -82,7 +87,7 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     peak = 0.3 * total - 1
     start, end, done = 1, 1 / 25e4, (step - peak) / (total - 1 - peak)
     if step <= peak:
-        start, end, done = 1 / 25, 1, step / peak if peak else 1.0
+        start, end, done = 1 / 25, 1, step / peak
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -101,7 +106,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
     sgd is with Nesterov momentum 0.9. muon, see below, is for the weights of all layers but the
     last, and decays none. SGD with Nesterov momentum 0.85 takes the last layer's, at head_lr, and
-    all vectors, at bias_lr; lr * weight_decay is what a step takes of either.
+    all vectors, at bias_lr; their weight decay, an L2 term, is scaled to lr * weight_decay a step.
     Each group has a `share`: its learning rate as a fraction of the schedule's. With a stage_decay,
     that of a stage is multiplied by it for each stage between it and the head (Howard and Ruder
     2018, https://arxiv.org/abs/1801.06146). Raises ValueError as hidden_weights does, and for a

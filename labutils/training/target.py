@@ -1,6 +1,6 @@
 """What a batch is trained towards: its labels, and a teacher's logits beside them."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +9,7 @@ from ..base.settings import TrainConfig
 from ..data.tensors import ImageData
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """What `train` asks of a teacher; methods/distillation.py, a room above, has one."""
 

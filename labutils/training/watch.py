@@ -41,7 +41,7 @@ def open_mirrors(run: Any, track: str | list[str] | None) -> dict[str, Mirror]:
 def show_mirrors(mirrors: dict[str, Mirror], row: dict[str, float], final: bool = False) -> None:
     """Show all of them some numbers; one that fails is shown no more."""
     for name, mirror in list(mirrors.items()):
-        if not _try(name, mirror, row, final):
+        if not _try(name, mirror, row, final) or final:
             del mirrors[name]
 
 

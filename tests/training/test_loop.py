@@ -784,11 +784,11 @@ def mirror(monkeypatch):
     return calls
 
 
-def test_mirrors_see_each_epoch_and_are_closed_when_the_run_is_stored(data, mirror):
+def test_mirrors_see_each_epoch_and_are_closed_before_their_folder_is_renamed(data, mirror):
     run = train(data)
     assert [row for what, row, _ in mirror if what == "row"] == run.rows
     what, summary, folders = mirror[-1]
-    assert (what, folders) == ("close", [""])
+    assert (what, folders) == ("close", [".part"])
     assert summary["best/val_accuracy"] == run.best("val_accuracy")
     assert [what for what, *_ in mirror] == ["row", "row", "row", "close"]
 
@@ -804,6 +804,10 @@ def test_mirrors_are_closed_when_a_run_is_cut_off(data, mirror, action):
     assert summary["best/epoch"] == 1
 
 
+def normalised():
+    return lab.MLP(36, [3], 3, batch_norm=True)
+
+
 def all_frozen():
     return make_model().requires_grad_(False)
 
@@ -815,6 +819,11 @@ def all_frozen():
             {"config": with_changes(batch_size=49)},
             r"batch_size = 49\. Choose at most 48, the images of",
         ),
+        (
+            {"config": with_changes(batch_size=4, accumulate=4), "model": normalised()},
+            r"batch_size = 4 in 4 parts are single images, which batch normalisation",
+        ),
+        ({"track": 3}, r"^train: track = 3\."),
         (
             {"config": with_changes(augment=lab.Augment(crop=6))},
             "crop = 6 with images of 6x6 pixels: .* at most 5",

@@ -1,6 +1,7 @@
 """The loss of distillation against its formula by hand and its limits; who may teach whom."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,7 +65,10 @@ def test_at_a_high_temperature_centred_logits_are_matched(batch):
 
 def test_a_teacher_that_is_not_asked_or_missing_is_named(digits):
     model = lab.MLP(digits.num_features, [4], 10)
+    teaches = dict.fromkeys(("key", "require_fit", "lessons"), print)
     with pytest.raises(ValueError, match=r"^train: alpha = 0.5 has no teacher\. Give alpha above"):
         lab.train(model, digits, config(0.5))
     with pytest.raises(ValueError, match=r"^train: alpha = 0.0 is given a teacher\. Give alpha"):
-        lab.train(model, digits, config(0.0), teacher=object())
+        lab.train(model, digits, config(0.0), teacher=SimpleNamespace(**teaches))
+    with pytest.raises(ValueError, match=r"^train: teacher = 'Ann'\. Input should be an instance"):
+        lab.train(model, digits, config(0.5), teacher="Ann")

@@ -14,6 +14,7 @@ import IPython
 import pytest
 from IPython import display as ipython_display
 
+import labutils as lab
 from labutils.training import watch
 from labutils.training.watch import (
     Progress,
@@ -83,6 +84,16 @@ def test_tensorboard_can_read_what_was_logged(start, tmp_path):
     assert set(events.Tags()["scalars"]) == {"train_loss", "val_loss", "test_accuracy"}
     assert events.Scalars("test_accuracy")[0].value == 0.75
     assert b"lr: 0.1" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_tensorboard_keeps_the_summary_of_a_run_whose_folder_gets_another_name(digits, recwarn):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = lab.MLP(digits.num_features, [4], digits.num_classes)
+    run = lab.train(model, digits, lab.TrainConfig(epochs=1), track="tensorboard")
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert events.Scalars("best/val_loss")[0].value == pytest.approx(run.best("val_loss"))
+    assert not [w for w in recwarn if "stopped recording" in str(w.message)]
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
