@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import InstanceOf
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base.device import autocast, usable_precision
-from ..base.settings import Precision, check
+from ..base.settings import PositiveInt, Precision, check
 from ..data.tensors import Split
 from ..models.registry import in_mode
 
@@ -60,9 +61,11 @@ def predict(
     tta: test-time augmentation, the mean of the logits of each image and of its mirror image.
     Raises ValueError if the split is empty, precision unknown or the output not [N, num_classes].
     """
+    kinds = {"model": InstanceOf[nn.Module], "split": InstanceOf[Split], "precision": Precision}
+    given = {"model": model, "split": split, "precision": precision, "batch_size": batch_size}
+    check("evaluate", kinds | {"batch_size": PositiveInt}, given)
     if not len(split):
         raise ValueError("evaluate: the split is empty. Give one with at least one image.")
-    check("evaluate", {"precision": Precision}, {"precision": precision})
     device = next((parameter.device for parameter in model.parameters()), split.images.device)
     precision, batches = usable_precision(precision, device), []
     with in_mode(model, training=False), torch.inference_mode(), autocast(precision, device):

@@ -63,7 +63,7 @@ def class_activation_map(
     if not averages:
         kind, others = type(model).__name__, ", ".join(METHODS)
         problem = f"{kind} does not average its last maps before a linear head"
-        raise ValueError(f"class_activation_map: {problem}. Use explain with one of {others}.")
+        raise ValueError(f"class_activation_map: {problem}. Choose another method: {others}.")
     wanted = _wanted(class_idx, len(images), model.head.out_features)
     raws, logits = [], []
     with in_mode(model, training=False), torch.inference_mode():

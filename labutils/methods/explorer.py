@@ -74,12 +74,14 @@ class Explorer(widgets.VBox):
             options = {"title": title, "strength": strength, "pixel": (x, y)}
             png = io.BytesIO()
             plots.explained(image, found.maps[0].cpu(), **options).savefig(png, format="png")
+            sizes = zip((y, x), found.raw.shape[1:], image.shape[1:])
+            row, column = (
+                min(place * cells // pixels, cells - 1) for place, cells, pixels in sizes
+            )
         except Exception as error:  # JupyterLab would put it into a log that nobody opens
             said = html.escape(f"{type(error).__name__}: {error}")
             self.message.value = f'<b style="color: #b00">{said}</b>'
             return
         self.picture.value = png.getvalue()
-        cells, pixels = found.raw.shape[1:], image.shape[1:]
-        row, column = (place * n // side for place, n, side in zip((y, x), cells, pixels))
         value = f"{float(found.raw[0, row, column]):+.4g}"
         self.message.value = f"Raw value at x = {x}, y = {y}: <b>{value}</b>"

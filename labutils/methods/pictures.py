@@ -71,7 +71,8 @@ def explain_file(
     The image is scaled and its centre cut out as the network's own images were. method: as in
     explain. class_name: whose evidence is shown; None: the predicted class's.
     Raises DataError for a file that cannot be decoded, RunError for a run whose card does not tell
-    its classes, ValueError for a class, method or layer that does not exist, OSError for `out`.
+    its classes, ValueError for a class, method or layer that does not exist or a format of `out`
+    that is none of Matplotlib's, OSError for `out`.
     """
     about = run.info["data"]
     if "classes" not in about:
@@ -108,4 +109,4 @@ def verdict(explanation: Explanation, classes: Sequence[str], i: int) -> str:
 
 def _save(path: Path, image, heat: Tensor, title: str) -> None:
     with atomic_write(path) as file:
-        plots.explained(image, heat, title=title).savefig(file, format="png")
+        plots.explained(image, heat, title=title).savefig(file, format=path.suffix[1:] or "png")

@@ -8,6 +8,7 @@ from typing import Literal
 
 import safetensors.torch as st
 import torch
+from pydantic import InstanceOf
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from ..training.cards import RunError, load_weights, save_weights
 from ..training.key import remember_origin, weights_digest
 from ..training.runs import Run
 
+_KINDS = {"model": InstanceOf[ConvNet]}
 _KEPT = 4e9  # bytes of features, beside the runs
 
 
@@ -41,6 +43,7 @@ def features(
         when all take more than 4 GB. Raises ValueError for an unknown stage, a grid below 1 or an
         empty split.
     """
+    check("features", _KINDS, {"model": model})
     wanted = list(model.stages) if stages is None else list(stages)
     check("features", {"stages": list[Literal[*model.stages]]}, {"stages": wanted})
     if grid < 1 or not len(split):
@@ -107,6 +110,7 @@ def start_from(run: Run) -> ConvNet:
 
     The run that does so is found again by the key of this one. Raises RunError as swap_head does.
     """
+    check("start_from", {"run": InstanceOf[Run]}, {"run": run})
     network = _trained(run)
     remember_origin(network, run.key)
     return network
@@ -138,6 +142,7 @@ def freeze(model: ConvNet, *, up_to: str) -> ConvNet:
     running statistics stay and nothing is dropped. Raises ValueError for what is no stage, such as
     'head': it is left to train.
     """
+    check("freeze", _KINDS, {"model": model})
     check("freeze", {"up_to": Literal[*model.stages]}, {"up_to": up_to})
     for name, stage in model.stages.items():
         stage.requires_grad_(False)

@@ -12,7 +12,7 @@ from .registry import Classes, register
 
 @register
 class FastNet(ConvNet):
-    """94 % on CIFAR-10 in the least time. Call whiten() before training, which skips stage whiten.
+    """94 % on CIFAR-10 in the least time. Call whiten() before training, which leaves its weights.
 
     From David Page, https://myrtle.ai/learn/how-to-train-your-resnet-8-bag-of-tricks/: the first
     convolution whitens small patches; batch norm learns an offset alone and comes after pooling;

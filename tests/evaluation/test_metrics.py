@@ -199,6 +199,15 @@ def model(digits):
     return lab.MLP(digits.num_features, [16], digits.num_classes, dropout=0.5, batch_norm=True)
 
 
+def test_what_cannot_be_evaluated_is_named(model, digits):
+    with pytest.raises(ValueError, match=r"^evaluate: split = .*instance of Split"):
+        lab.evaluate(model, digits)
+    with pytest.raises(ValueError, match=r"^evaluate: model = 3\. .*instance of Module"):
+        lab.evaluate(3, digits.test)
+    with pytest.raises(ValueError, match=r"^evaluate: batch_size = 0\."):
+        lab.evaluate(model, digits.test, batch_size=0)
+
+
 def test_batch_size_does_not_matter(model, digits):
     whole = lab.evaluate(model, digits.test)
     for batch_size in (1, 7, len(digits.test)):

@@ -233,7 +233,7 @@ def test_bad_arguments_are_named(explain, arguments, wanted):
     ],
 )
 def test_a_network_without_averages_has_no_plain_map_and_is_told_what_works(make):
-    with pytest.raises(ValueError, match=r"does not average .* Use explain with one of gradcam"):
+    with pytest.raises(ValueError, match=r"does not average .* Choose another method: gradcam"):
         lab.class_activation_map(make(), some_images(1))
 
 

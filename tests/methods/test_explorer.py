@@ -114,7 +114,7 @@ def test_what_goes_wrong_is_said_and_the_picture_stays(model, data, tmp_path):
 
 def test_a_network_without_a_plain_map_is_told_what_works(data):
     explorer = lab.Explorer(lab.FastNet((3, 16, 24), 3, widths=[4, 8]), data)
-    assert "Use explain with one of gradcam" in explorer.message.value
+    assert "Choose another method: gradcam" in explorer.message.value
     assert change(explorer, method="gradcam")
     assert "Raw value" in explorer.message.value
 

@@ -118,6 +118,15 @@ def test_a_picture_goes_beside_the_image_of_nobody_else(run, photo, tmp_path, mo
     assert (tmp_path / "photo-cam.png").exists()
 
 
+def test_a_picture_has_the_format_that_its_name_says(run, photo, tmp_path, capsys):
+    command = ["cam", str(photo), "--model", run.name, "--out"]
+    assert cli.main([*command, str(tmp_path / "o.jpg")]) == 0
+    assert Image.open(tmp_path / "o.jpg").format == "JPEG"
+    assert cli.main([*command, str(tmp_path / "o.xyz")]) == 1
+    assert "xyz" in capsys.readouterr().err
+    assert not (tmp_path / "o.xyz").exists()
+
+
 def test_a_grey_image_is_shown_to_a_network_for_colours(run, tmp_path, capsys):
     Image.fromarray(np.full((30, 20), 99, dtype=np.uint8)).save(tmp_path / "grey.png")
     arguments = ["--model", run.name, "--out", str(tmp_path / "o.png")]

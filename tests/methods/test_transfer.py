@@ -258,6 +258,11 @@ def test_bad_requests_name_what_is_there(source, data):
     with pytest.raises(ValueError, match="up_to = 'head'"):  # which would leave nothing to train
         lab.freeze(model, up_to="head")
     assert all(parameter.requires_grad for parameter in model.parameters())
+    for function, options in ((lab.freeze, {"up_to": "stage1"}), (lab.features, {"split": None})):
+        with pytest.raises(ValueError, match=rf"^{function.__name__}: model = MLP"):
+            function(lab.MLP(4, [5], 3), **options)
+    with pytest.raises(ValueError, match=r"^start_from: run = CNN"):
+        lab.start_from(model)
     with pytest.raises(ValueError, match="source is MLP"):
         lab.swap_head(lab.MLP(4, [5], 3), 4)
     with pytest.raises(ValueError, match="num_classes = 1"):
