@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import field
+from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +45,10 @@ class Metrics:
         """Which images it has right, bool [n]; None if the card that says so is an older one."""
         bits = np.frombuffer(base64.b64decode(self.hits), np.uint8)
         return torch.from_numpy(np.unpackbits(bits, count=self.n) > 0) if self.hits else None
+
+    def values(self) -> dict[str, Any]:
+        """What a card says; hits only if there are any, so that an older card stays as it is."""
+        return {name: value for name, value in asdict(self).items() if value != ""}
 
 
 def evaluate(model: nn.Module, split: Split, **options: Any) -> Metrics:

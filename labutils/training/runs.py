@@ -8,7 +8,7 @@ import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,7 @@ class Run:
         # An unfinished run goes on in its folder, and its weights will be others.
         if self.path.is_dir() and self.stop_reason != "interrupted":
             try:
-                cards.write(card, cards.read(card) | {name: asdict(found)})
+                cards.write(card, cards.read(card) | {name: found.values()})
             except (OSError, ValueError, LookupError, TypeError) as error:
                 warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
         return found
@@ -197,7 +197,7 @@ def _write_card(path: Path, run: Run, weights: Path, command: str | None) -> Non
     written = cards.sha256(weights) if weights.exists() else None
     card = {"name": run.name, "key": run.key, "digest": None, "weights": written}
     card |= {"command": command, "test": None}
-    card |= {name: asdict(found) for name, found in run.scores.items()}
+    card |= {name: found.values() for name, found in run.scores.items()}
     card |= {"info": run.info, "history": {k: [row[k] for row in run.rows] for k in run.rows[0]}}
     cards.write(path, card)
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import warnings
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -188,9 +187,11 @@ def test_a_constant_classifier():
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_survive_json(case):
     found = metrics_from_logits(*random_case(2, **CASES[case]))
-    again = lab.Metrics(**json.loads(json.dumps(asdict(found), allow_nan=False)))
+    again = lab.Metrics(**json.loads(json.dumps(found.values(), allow_nan=False)))
     assert again == found
-    assert dataclasses.replace(again, hits="").right is None  # the card of an earlier version
+    older = dataclasses.replace(again, hits="")  # the card of an earlier version
+    assert older.right is None
+    assert "hits" not in older.values()
 
 
 @pytest.fixture
