@@ -161,7 +161,7 @@ class Experiment:
         """Copy all runs into models/ and figures into images/, if the experiment publishes.
 
         weights: the runs whose weights are published too; if `half`, as float16, and it is these
-        that their cards score. figures: by name.
+        that their cards score. figures: by name. Raises ValueError for a run of another experiment.
         """
         if not self.publishes:
             return

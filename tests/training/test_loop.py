@@ -774,13 +774,11 @@ def mirror(monkeypatch):
     """What reaches a mirror: (what, value), with the folders in the runs folder at that time."""
     calls = []
 
-    def note(mirrors, value, final=False):
-        assert mirrors == ["mirror"]
+    def note(value, final):
         folders = sorted(path.suffix for path in Path(os.environ["LABUTILS_RUNS"]).glob("*-*"))
         calls.append(("close" if final else "row", value, folders))
 
-    monkeypatch.setattr(watch, "open_mirrors", lambda run, track: ["mirror"])
-    monkeypatch.setattr(watch, "show_mirrors", note)
+    monkeypatch.setattr(watch, "open_mirrors", lambda run, track: {"mirror": note})
     return calls
 
 
