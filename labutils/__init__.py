@@ -5,7 +5,7 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 _EXPORTS = {
     "base.settings": ["Augment", "TrainConfig", "recipe"],
