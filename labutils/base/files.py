@@ -18,6 +18,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def file_name(text: str) -> str:
+    """The text with a dash for all that not every file system has in a name."""
+    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
+
+
 def project_dir() -> Path:
     """The checkout that labutils is part of; the working directory if it is installed alone."""
     checkout = Path(__file__).resolve().parents[2]

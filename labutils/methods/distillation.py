@@ -8,7 +8,6 @@ take 50 passes; a record takes one an epoch, and holds every augmentation.
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import device as machine
-from ..base.files import atomic_write, digest, runs_dir
+from ..base.files import atomic_write, digest, file_name, runs_dir
 from ..base.settings import TrainConfig, check
 from ..data.tensors import ImageData
 from ..models.registry import in_mode
@@ -73,7 +72,7 @@ class Teacher:
         views = {"augment": config.values()["augment"], "batch_size": batch_size}
         views |= {"seed": config.seed, "epoch": epoch, "data": data.fingerprint}
         views["device"] = data.train.images.device.type
-        home = re.sub(r"[^\w.-]+", "-", f"{self.run.key}-{data.name}")  # which may be a path
+        home = file_name(f"{self.run.key}-{data.name}")  # which may be a path
         path = runs_dir() / ".teachers" / home / f"{digest(views)}.f16"
         owner = hashlib.sha256(f"{self._weights} {data.fingerprint}".encode()).digest()
         shown = min(len(data.train), data.train.num_batches(batch_size) * batch_size)

@@ -65,17 +65,16 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def is_known(spec: dict[str, Any]) -> bool:
-    """Whether a spec is that of a registered network."""
+def registered() -> dict[str, type[nn.Module]]:
+    """All networks of labutils by name."""
     # They register their networks; torchvision, which some need, takes a second to import.
     for module in ("mlp", "convnets", "resnet", "fastnet"):
         importlib.import_module(f".{module}", __package__)
-    return spec.get("model") in [*MODELS]
+    return MODELS
 
 
 def build(spec: dict[str, Any]) -> nn.Module:
     """The model of a spec, with fresh weights; ValueError for an unknown name or argument."""
     arguments = check("build", {"spec": dict[str, Any]}, {"spec": spec})["spec"]
-    if not is_known(arguments):
-        check("build", {"model": Literal[*sorted(MODELS)]}, {"model": arguments.get("model")})
+    check("build", {"model": Literal[*sorted(registered())]}, {"model": arguments.get("model")})
     return MODELS[arguments.pop("model")](**arguments)

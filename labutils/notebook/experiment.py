@@ -1,7 +1,6 @@
 """What notebooks are written with: the set-up line, and all runs of an exercise in one object."""
 
 import platform
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from torch import nn
 
 from .. import __version__
 from ..base.device import device_name, resolve_device, seed_everything
-from ..base.files import atomic_write, images_dir
+from ..base.files import atomic_write, file_name, images_dir
 from ..base.settings import Seed, TrainConfig, check
 from ..data.tensors import ImageData
 from ..training.loop import train
@@ -87,8 +86,7 @@ class Experiment:
         written = {n: f"{v:.12g}" if isinstance(v, float) else v for n, v in labels.items()}
         words = [v if isinstance(labels[n], str) else f"{n}{v}" for n, v in written.items()]
         for seed in self.seeds if seeds is None else _checked(seeds):
-            name = "_".join([self.exercise, *words, f"seed{seed}"])
-            name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
+            name = file_name("_".join([self.exercise, *words, f"seed{seed}"]))
             seed_everything(seed)
             config = replace(config, seed=seed)
             options = {"teacher": teacher, "name": name, "retrain": self.retrain}

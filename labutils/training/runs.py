@@ -20,7 +20,7 @@ from ..base.files import models_dir, runs_dir
 from ..base.settings import first_line, suggestion
 from ..data.tensors import ImageData
 from ..evaluation import metrics
-from ..models.registry import build, is_known
+from ..models.registry import build, registered
 from . import cards
 from .cards import RunError, load_weights, save_weights
 from .watch import warn
@@ -153,7 +153,7 @@ def open_stored(path: Path, model: nn.Module | None = None) -> Run:
             if card["weights"] != cards.sha256(run.weights):
                 raise ValueError(f"{run.weights.name} is not what was stored with the card")
             spec = card["info"]["model"]
-            if model is None and not is_known(spec):
+            if model is None and spec["model"] not in registered():
                 problem = f"{run.name}: labutils cannot build its network, which is your own"
                 remedy = "Build it, then `load_state_dict` of safetensors.torch.load_file"
                 raise RunError(f"{problem}. {remedy}({str(run.weights)!r}).")

@@ -106,3 +106,9 @@ def test_json_strings_keep_their_brackets(tmp_path):
     assert json.loads(text) == value
     assert "[1, 2]" in text
     assert "[3.5, null]" in text
+
+
+def test_a_file_name_has_no_part_that_leads_elsewhere():
+    assert files.file_name("1.3_lr0.1_seed0") == "1.3_lr0.1_seed0"
+    assert files.file_name("ours, 60 epochs/\u03b1") == "ours-60-epochs-"
+    assert "/" not in files.file_name("folder:../../elsewhere")
