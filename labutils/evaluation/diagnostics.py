@@ -17,6 +17,16 @@ from ..models.registry import in_mode
 
 
 @contextmanager
+def _sizes_fit(owner: str, sizes: str) -> Iterator[None]:
+    """A model that cannot take images of these sizes ends the block with a ValueError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        problem = f"{sizes} does not fit the model ({first_line(error)})"
+        raise ValueError(f"{owner}: {problem}. Give data.image_shape.") from error
+
+
+@contextmanager
 def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
     """Call `after` with each layer's name, itself and its output, whenever it has run."""
     names = {layer: name for name, layer in model.named_modules() if not list(layer.children())}
@@ -105,13 +115,10 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
         seen.update(layer.parameters())
 
     device = next((p.device for p in model.parameters()), "cpu")
-    try:
+    with _sizes_fit("summary", f"input_size = {input_size!r}"):
         hook = register_module_forward_pre_hook(before)
         with hook, observed(model, after), in_mode(model, training=False), torch.no_grad(), counter:
             output = model(torch.zeros(1, *input_size, device=device))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        problem = f"input_size = {input_size!r} does not fit the model ({first_line(error)})"
-        raise ValueError(f"summary: {problem}. Give data.image_shape.") from error
     seen.clear()
     after("total", model, output)  # the model is a row like its layers, of all parameters and FLOPs
     return pd.DataFrame(rows).set_index("layer")
@@ -124,11 +131,15 @@ def training_flops(
 
     image_sizes: those of a TrainConfig, which share the steps equally: the mean over them.
     The optimizer and what is no convolution or matrix product are not counted. ValueError if all
-    of the model is frozen.
+    of the model is frozen, or if it cannot take such images.
     """
     trained = _trained(model, "training_flops")
-    sizes = [(input_size[0], side, side) for side in image_sizes] or [input_size]
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    with (
+        _sizes_fit("training_flops", f"{input_size = }, {image_sizes = }"),
+        torch.enable_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):
+        sizes = [(input_size[0], side, side) for side in image_sizes] or [input_size]
         for size in sizes:
             # Of two, since batch norm has nothing to compare one with.
             logits = _training_step(model, torch.zeros(2, *size, device=trained[0].device))

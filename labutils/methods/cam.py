@@ -135,7 +135,10 @@ def _wanted(class_idx: int | Tensor | None, count: int, num_classes: int) -> Ten
     """The class to explain for each image, -1 for the predicted one: int64 [N], on the CPU."""
     if class_idx is None:
         return torch.full((count,), -1)
-    wanted = torch.as_tensor(class_idx).cpu()
+    try:
+        wanted = torch.as_tensor(class_idx).cpu()
+    except (RuntimeError, TypeError, ValueError):  # a class's name, say
+        wanted = torch.empty(0)
     fits = wanted.dtype == torch.int64 and wanted.shape in ((), (count,))
     if not (fits and ((wanted >= 0) & (wanted < num_classes)).all()):
         given = class_idx.tolist() if isinstance(class_idx, Tensor) else class_idx

@@ -122,6 +122,8 @@ def label_budget(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
     A larger share holds all images of a smaller one; pixels are normalised as before. Raises
     ValueError for a share that leaves a class without an image.
     """
+    check("label_budget", {"data": InstanceOf[ImageData]}, {"data": data})
+    check("label_budget", {"share": float}, {"share": share})
     labels = data.train.labels.cpu()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     counts = [(share * int(n) + 1e-9) // 1 for n in labels.bincount(minlength=data.num_classes)]

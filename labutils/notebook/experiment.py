@@ -182,7 +182,8 @@ class Experiment:
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:
-    seeds = check("Experiment", {"seeds": _SEEDS}, {"seeds": list(seeds)})["seeds"]
+    given = list(seeds) if isinstance(seeds, Iterable) else seeds
+    seeds = check("Experiment", {"seeds": _SEEDS}, {"seeds": given})["seeds"]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"Experiment: seeds = {seeds}. Give each once.")
     return seeds

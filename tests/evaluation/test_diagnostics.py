@@ -153,6 +153,14 @@ def test_an_input_size_that_does_not_fit_is_named(model, size):
     assert "data.image_shape" in str(caught.value)
 
 
+@pytest.mark.parametrize(("size", "growing"), [((1, 16, 16), ()), ((3, 16, 16), (0, 16))])
+def test_sizes_that_a_training_cannot_take_are_named(size, growing):
+    model = lab.CNN((3, 16, 16), 10, widths=[4, 8])
+    with pytest.raises(ValueError, match=r"^training_flops: .* does not fit the model") as caught:
+        lab.training_flops(model, size, growing)
+    assert f"input_size = {size}, image_sizes = {growing}" in str(caught.value)
+
+
 def batch(n=5, features=6, classes=3):
     torch.manual_seed(1)
     return torch.randn(n, features), torch.arange(n) % classes

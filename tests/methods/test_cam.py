@@ -199,6 +199,7 @@ def test_one_grey_image_of_another_size():
 
 
 BAD = {
+    "class by name": ({"class_idx": "cat"}, r"class_idx = 'cat'\. Give whole numbers from 0 to 4"),
     "class too high": ({"class_idx": 5}, r"class_idx = 5\. Give whole numbers from 0 to 4, one"),
     "class below 0": ({"class_idx": -1}, r"class_idx = -1\. "),
     "a part of a class": ({"class_idx": 1.5}, r"class_idx = 1\.5\. "),

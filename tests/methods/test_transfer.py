@@ -307,3 +307,10 @@ def test_a_label_budget_takes_the_same_share_of_every_class(data):
 def test_a_label_budget_that_leaves_a_class_empty_is_refused(share, data):
     with pytest.raises(ValueError, match=f"share = {share}.*of 16 images, at least one"):
         lab.label_budget(data, share)
+
+
+def test_a_label_budget_of_something_else_is_refused(data):
+    with pytest.raises(ValueError, match=r"^label_budget: share = 'half'"):
+        lab.label_budget(data, "half")
+    with pytest.raises(ValueError, match=r"^label_budget: data = "):
+        lab.label_budget(data.train, 0.5)

@@ -88,6 +88,7 @@ def test_labels_of_no_comparison_or_of_several_are_refused(trained, labels, foun
 @pytest.mark.parametrize(
     ("seeds", "message"),
     [
+        (3, r"Experiment: seeds = 3\. Input should be a valid list"),
         ([], r"Experiment: seeds = \[\]"),
         ([-1], r"Experiment: seeds\[0\] = -1"),
         ([0, 0], r"Experiment: seeds = \[0, 0\]"),
