@@ -5,12 +5,13 @@ BIN := .venv/bin
 # by spinning, as is usual, would keep the threads they wait for from running.
 NBVAL := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --nbval notebooks
 
-.PHONY: help run test robust report results store verify bench lint clean
+.PHONY: help run test robust try report results store verify bench lint clean
 
 help:
 	@echo 'make run      execute all notebooks with the quick profile into build/'
 	@echo 'make test     unit tests, then the notebooks against their stored outputs'
 	@echo 'make robust   the notebooks again, as other processors and thread counts would run them'
+	@echo 'make try      the things to try at the end of each notebook'
 	@echo 'make report   execute the full profile into reports/ and rebuild the tables'
 	@echo 'make store    execute the notebooks in place: refresh their stored outputs'
 	@echo 'make results  rebuild reports/results.json and the tables of both READMEs'
@@ -41,6 +42,9 @@ robust: .venv/ready
 	  echo $$setting; env OMP_NUM_THREADS=1 $$setting LABUTILS_RUNS=$(CURDIR)/build/$$setting \
 	    $(NBVAL) -q || exit 1; \
 	done
+
+try: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tools/try_it.py
 
 report: .venv/ready
 	$(BIN)/python -m labutils run all --profile full
