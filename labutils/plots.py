@@ -205,9 +205,11 @@ def dots(table: DataFrame, *, x: str, y: str, hue: str, title: str, marks=None) 
     for (name, values), shape in zip(marks.items(), cycle("D|")):
         marked = Series(values, dtype=float).reindex(rows)
         axis.plot(marked, range(len(rows)), shape, ms=8, mfc="none", color=GREY, label=name)
+    # Only rows that hold several hues need them one below the other.
+    apart = 0.56 / max(2, len(hues)) if table.groupby(y)[hue].nunique().max() > 1 else 0.0
     for i, (name, color) in enumerate(zip(hues, cycle((7, 9, 4, 8, 6, 5)))):
         spread = table[table[hue] == name].groupby(y)[x].agg(["mean", "std"]).reindex(rows)
-        heights = np.arange(len(rows)) + 0.56 / max(2, len(hues)) * (i - (len(hues) - 1) / 2)
+        heights = np.arange(len(rows)) + apart * (i - (len(hues) - 1) / 2)
         look = {"fmt": "o", "ms": 6, "color": PALETTE[color], "label": name}
         axis.errorbar(spread["mean"], heights, xerr=spread["std"], **look)
     axis.set(xlabel=x, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))

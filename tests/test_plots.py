@@ -233,6 +233,14 @@ def test_dots_stand_at_the_means_with_deviations_and_categories_in_order(figures
     np.testing.assert_allclose(axis.get_lines()[0].get_xdata(), [85.0, np.nan])
 
 
+def test_dots_of_rows_with_one_hue_each_stand_on_the_line_of_their_label():
+    rows = [("ours", "a", 90.0), ("ours", "a", 92.0), ("theirs", "b", 70.0)]
+    table = pd.DataFrame(rows, columns=["recipe", "network", "accuracy (%)"])
+    ours, theirs = draw("dots", table).axes[0].containers
+    heights = [points.lines[0].get_ydata(orig=False) for points in (ours, theirs)]
+    assert [list(height) for height in heights] == [[0, 1], [0, 1]]
+
+
 def test_marks_of_categories_that_the_table_lacks_are_left_out():
     marks = {"published": {"c": 1.0}, "target": {"b": 2.0, "c": 3.0}}
     axis = draw("dots", marks=marks).axes[0]

@@ -146,7 +146,7 @@ def _torchvision(name: str, size: int | None) -> Raw:
             if len(names) != 10:
                 raise ValueError(f"{len(names)} of 10 classes")
             _, splits = read_folder(root / known.folder, size or 128)
-            return "torchvision Imagenette, 160 px variant", names, splits
+            return f"torchvision's folder {known.folder}", names, splits
         for split in ("train", "test"):
             dataset = getattr(datasets, known.dataset)(root, train=split == "train")
             names, arrays = known.classes or dataset.classes, (dataset.data, dataset.targets)
