@@ -31,17 +31,24 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
     """
     from torchvision.datasets.folder import find_classes, make_dataset  # a second to import
 
+    def is_image(file: str) -> bool:  # what is hidden was left by a program: a Mac, Jupyter
+        parts = Path(file).relative_to(root).parts
+        return file.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in parts)
+
     found, splits = [name for name in ("train", "val", "test") if (root / name).is_dir()], {}
     if "train" not in found or len(found) < 2:
         problem = f"{root} holds {', '.join(found) or 'none'} of train/, val/, test/"
         needed = "train/CLASS/IMAGE and the same under val/ or test/"
         raise DataError(f"load_data: {problem}. Needed: {needed}.")
     try:
-        classes = sorted({name for split in found for name in find_classes(root / split)[0]})
+        named = {name for split in found for name in find_classes(root / split)[0]}
+        classes = sorted(name for name in named if not name.startswith("."))
         numbers = {name: number for number, name in enumerate(classes)}
-        trees = {split: make_dataset(root / split, numbers, SUFFIXES) for split in found}
+        trees = {
+            split: make_dataset(root / split, numbers, is_valid_file=is_image) for split in found
+        }
     except FileNotFoundError as error:
-        needed = f"Each class needs an image in each of {', '.join(found)}"
+        needed = f"Each class needs an image ({', '.join(SUFFIXES)}) in each of {', '.join(found)}"
         raise DataError(f"load_data: {root}: {str(error).rstrip('.')}. {needed}.") from error
     for split, tree in trees.items():
         files, labels = zip(*tree)

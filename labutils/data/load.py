@@ -12,7 +12,7 @@ from .sources import Arrays, read
 from .tensors import ImageData, Split, pixel_statistics
 
 _KINDS = {"name": str, "val_size": float, "subset": Annotated[float, Field(gt=0, le=1)]}
-_KINDS |= {"seed": Seed, "image_size": PositiveInt | None}
+_KINDS |= {"seed": Seed, "image_size": PositiveInt | None, "shortcut": float | None}
 
 
 def load_data(
@@ -35,8 +35,11 @@ def load_data(
     shortcut: of generated sets, see generate.
     Raises ValueError for bad arguments, DataError for missing or damaged data.
     """
-    given = dict(zip(_KINDS, (name, val_size, subset, seed, image_size)))
-    check("load_data", _KINDS, given)
+    given = dict(zip(_KINDS, (name, val_size, subset, seed, image_size, shortcut)))
+    given = check("load_data", _KINDS, given)  # plain numbers, as cards have them, for NumPy's
+    val_size, subset, shortcut = (given[name] for name in ("val_size", "subset", "shortcut"))
+    if val_size > 1 and val_size.is_integer():
+        val_size = given["val_size"] = int(val_size)
     device = resolve_device(device)
     source, classes, splits = read(name, image_size=image_size, shortcut=shortcut)
     if "val" not in splits:
@@ -44,12 +47,12 @@ def load_data(
         splits["train"], splits["val"] = _cut(splits["train"], val_size, seed, "val_size", allowed)
     if subset < 1:
         allowed = "1, or a fraction that keeps {} to {} of them"
-        _, splits["train"] = _cut(splits["train"], float(subset), seed, "subset", allowed)
+        _, splits["train"] = _cut(splits["train"], subset, seed, "subset", allowed)
     statistics = pixel_statistics(torch.from_numpy(splits["train"][0]))
     for part, arrays in splits.items():
         images, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
         splits[part] = Split(images, labels, *statistics)
-    return ImageData(name, source, classes, **splits, loaded=given | {"shortcut": shortcut})
+    return ImageData(name, source, classes, **splits, loaded=given)
 
 
 def _cut(arrays: Arrays, size: float, seed: int, what: str, allowed: str) -> list[Arrays]:

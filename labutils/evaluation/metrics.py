@@ -52,7 +52,10 @@ class Metrics:
 
 
 def evaluate(model: nn.Module, split: Split, **options: Any) -> Metrics:
-    """Score a classifier on one split; options, and ValueErrors, are those of predict."""
+    """Score a classifier on one split; options are those of predict.
+
+    Raises ValueError as predict does, if a label has no logit, or a logit is not finite.
+    """
     return metrics_from_logits(predict(model, split, **options), split.labels)
 
 
@@ -91,11 +94,17 @@ def loss_and_accuracy(model: nn.Module, split: Split, *, precision="float32") ->
 
 
 def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
-    """Metrics of logits [N, num_classes], labels int64 [N]; ValueError if a label has no logit."""
+    """Metrics of logits [N, num_classes], labels int64 [N].
+
+    Raises ValueError if a label has no logit, or a logit is not finite.
+    """
     from scipy.stats import binomtest
     from torchmetrics.functional import classification as tm
 
     n, num_classes = logits.shape
+    if len(bad := (~logits.isfinite().all(dim=1)).nonzero()):
+        hint = "Check the weights, and that the images are normalised."
+        raise ValueError(f"evaluate: the logits of image {int(bad[0])} are not finite. {hint}")
     if (label := int(labels.max())) >= num_classes:
         hint = "Give the model one output for each class of the data."
         raise ValueError(f"evaluate: label {label} with {num_classes} logits an image. {hint}")

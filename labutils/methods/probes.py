@@ -75,9 +75,14 @@ def probe(kind: str, train: Labelled, val: Labelled) -> Pipeline:
     kind: svm and logistic choose C, the weight of the errors against the penalty; knn the number of
         neighbours; bayes (Gaussian, naive) the share of the largest variance added to all.
     Returns the pipeline, fitted on train alone; probe(...)[-1] is the classifier.
-    Raises ValueError for an unknown kind, and for knn with fewer than 50 images.
+    Raises ValueError for an unknown kind, features and labels that do not fit or are not finite,
+    and for knn with fewer than 50 images.
     """
     check("probe", {"kind": Literal[*_KINDS]}, {"kind": kind})
+    for what, (features, labels) in {"train": train, "val": val}.items():
+        if len(features) != len(labels) or not len(labels) or not np.isfinite(features).all():
+            problem = f"{what} has {len(features)} rows of features, {len(labels)} labels"
+            raise ValueError(f"probe: {problem}. Give one of each an image, all finite.")
     classifier, setting, choices = _KINDS[kind]
     scaler = StandardScaler().fit(train[0])
     features, checked = scaler.transform(train[0]), scaler.transform(val[0])

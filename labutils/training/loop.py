@@ -33,7 +33,7 @@ from .target import Teacher, batch_loss, require_teachable
 _KINDS = {"model": InstanceOf[nn.Module], "data": InstanceOf[ImageData]}
 _KINDS |= {"config": InstanceOf[TrainConfig], "checkpoint_seconds": NonNegativeFloat}
 _KINDS |= {"teacher": InstanceOf[Teacher] | None, "track": str | list[str] | None}
-_KINDS |= {"name": Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$")]}
+_KINDS |= {"name": Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$", max_length=200)]}
 
 
 def train(
@@ -256,7 +256,7 @@ def _describe(model, data, config, teacher, name) -> Run:
     info["data"]["images"] = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
     # What it takes to use the network on another image, without the data.
     info["data"] |= {"classes": list(data.classes), "shape": list(data.image_shape)}
-    info["data"] |= {"mean": list(data.train.mean), "std": list(data.train.std)}
+    info["data"] |= {"mean": [*map(float, data.train.mean)], "std": [*map(float, data.train.std)]}
     info["data"]["loaded"] = data.loaded
     info["device"] = machine.device_name(data.train.images.device)
     info |= {"torch": torch.__version__, "python": platform.python_version()}

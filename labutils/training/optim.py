@@ -16,6 +16,13 @@ from ..models.registry import num_parameters
 def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) -> None:
     """Raise ValueError for what does not fit together; move the model to the data's device."""
     split, shape, classes = data.train, data.image_shape, data.num_classes
+    for name in ("train", "val", "test"):  # load_data makes them so, others may not
+        images, labels = getattr(data, name).images, getattr(data, name).labels
+        numbers = labels.dtype == torch.int64 and not ((labels < 0) | (labels >= classes)).any()
+        if len(images) != len(labels) or not numbers:
+            problem = f"{name} has {len(images)} images and {len(labels)} labels, {labels.dtype}"
+            allowed = f"one label an image, int64, from 0 to {classes - 1}"
+            raise ValueError(f"train: {problem}. Give {allowed}.")
     if config.batch_size > len(split):
         allowed = f"Choose at most {len(split)}, the images of the training split."
         raise ValueError(f"train: batch_size = {config.batch_size}. {allowed}")

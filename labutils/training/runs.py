@@ -204,13 +204,15 @@ def _write_card(path: Path, run: Run, weights: Path, command: str | None) -> Non
 
 @contextmanager
 def store_lock(key: str) -> Iterator[None]:
-    """Held while a run is trained: a second process waits. Raises RunError for OSErrors inside."""
+    """Held while a run is trained: a second process waits. RunError if that cannot be written."""
     lock = runs_dir() / ".locks" / f"{key}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             yield
     except OSError as error:
+        if error.filename and not Path(str(error.filename)).is_relative_to(runs_dir()):
+            raise  # of a network that reads a file of its own, say
         problem = f"train: cannot write to {runs_dir()} ({error.strerror or error})"
         raise RunError(f"{problem}. Free space or set LABUTILS_RUNS, then go on.") from error
 

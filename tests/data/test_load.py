@@ -1,6 +1,7 @@
 """Splits, statistics and batches."""
 
 import dataclasses
+import json
 import math
 import tracemalloc
 from unittest import mock
@@ -214,3 +215,14 @@ def test_real_mnist_is_what_it_is_known_to_be(monkeypatch):
     ]
     assert mnist.train.mean == pytest.approx((0.1307,), abs=5e-4)
     assert mnist.train.std == pytest.approx((0.3081,), abs=5e-4)
+
+
+def test_numbers_of_numpy_are_those_of_python_in_a_card(digits):
+    given = {"val_size": np.int64(100), "subset": np.float32(0.5)}
+    data = lab.load_data("digits", **given, device="cpu")
+    assert (len(data.val), json.dumps(data.loaded)) == (
+        100,
+        '{"name": "digits", "val_size": 100, "subset": 0.5, "seed": 0, "image_size": null, '
+        '"shortcut": null}',
+    )
+    assert type(lab.load_data("shapes10", shortcut=np.float32(0.5)).loaded["shortcut"]) is float

@@ -335,3 +335,10 @@ def test_bf16_is_used_where_it_is_computed(digits, monkeypatch, precision):
 def test_an_unknown_precision_is_refused(model, digits):
     with pytest.raises(ValueError, match=r"evaluate: precision = 'fp16'\..*'float32' or 'bf16'"):
         lab.evaluate(model, digits.test, precision="fp16")
+
+
+def test_logits_that_are_not_finite_have_no_score():
+    logits = torch.zeros(3, 2)
+    logits[1, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^evaluate: the logits of image 1 are not finite\."):
+        metrics_from_logits(logits, torch.zeros(3, dtype=torch.int64))

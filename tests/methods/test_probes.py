@@ -75,3 +75,16 @@ def test_odd_requests_are_refused():
         lab.probe("forest", train, train)
     with pytest.raises(ValueError, match="n_neighbors = 50"):
         lab.probe("knn", train, train)
+
+
+@pytest.mark.parametrize("kind", ["svm", "knn", "bayes", "logistic"])
+def test_features_without_their_labels_are_refused(kind):
+    x, y = np.random.default_rng(0).random((60, 4), np.float32), np.arange(60) % 2
+    with pytest.raises(ValueError, match=r"^probe: train has 60 rows of features, 30 labels\."):
+        lab.probe(kind, (x, y[:30]), (x, y))
+    with pytest.raises(ValueError, match=r"^probe: val has 60 rows of features, 1 labels\."):
+        lab.probe(kind, (x, y), (x, y[:1]))
+    with pytest.raises(ValueError, match=r"^probe: val has 0 rows"):
+        lab.probe(kind, (x, y), (x[:0], y[:0]))
+    with pytest.raises(ValueError, match=r"^probe: train .* all finite"):
+        lab.probe(kind, (np.full_like(x, np.nan), y), (x, y))

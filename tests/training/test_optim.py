@@ -1,5 +1,6 @@
 """Learning rates against torch's schedulers, early stopping against a slow reading of its rules."""
 
+import dataclasses
 import math
 
 import pytest
@@ -332,3 +333,19 @@ def only_head():
 def test_muon_with_nothing_to_orthogonalise_is_refused(make):
     with pytest.raises(ValueError, match=r"optimizer = 'muon': below its last .* 'sgd' or 'adamw'"):
         make_optimizer(make(), lab.TrainConfig(optimizer="muon"))
+
+
+SPLITS = {
+    "labels too few": (lambda s: {"labels": s.labels[:-1]}, "val has .* images and .* labels"),
+    "labels of 32 bits": (lambda s: {"labels": s.labels.int()}, "val has .* torch.int32"),
+    "a label too high": (lambda s: {"labels": s.labels + 1}, "int64, from 0 to 9"),
+    "a label below 0": (lambda s: {"labels": s.labels - 1}, "int64, from 0 to 9"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), SPLITS.values(), ids=SPLITS)
+def test_a_split_of_ones_own_has_a_label_for_each_image(digits, change, message):
+    val = dataclasses.replace(digits.val, **change(digits.val))
+    model = lab.MLP(digits.num_features, [4], 10)
+    with pytest.raises(ValueError, match=rf"^train: .*{message}"):
+        lab.train(model, dataclasses.replace(digits, val=val), progress=False)

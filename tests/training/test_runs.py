@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -599,3 +599,21 @@ def test_a_run_that_does_not_say_what_network_it_is_cannot_be_loaded(run):
     (run.path / "card.json").write_text(json.dumps(card).replace('"MLP"', '"MLQ"'))
     with pytest.raises(RunError, match=r"stored run .* is damaged .*digest"):
         load_run(run.name)
+
+
+def test_an_error_of_ones_own_file_is_not_one_of_the_store(data, tmp_path):
+    absent = tmp_path / "absent.txt"
+    with pytest.raises(FileNotFoundError) as caught, runs.store_lock("k"):
+        absent.read_text()
+    assert caught.value.filename == str(absent)
+
+
+def test_a_split_of_ones_own_may_have_statistics_as_tensors(data):
+    splits = {
+        name: replace(split, mean=torch.tensor(split.mean), std=torch.tensor(split.std))
+        for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
+    }
+    torch.manual_seed(0)
+    model = lab.MLP(data.num_features, [4], data.num_classes)
+    run = lab.train(model, replace(data, **splits), CONFIG, track=None, progress=False)
+    assert run.info["data"]["mean"] == pytest.approx(data.train.mean)
