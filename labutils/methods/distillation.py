@@ -67,14 +67,14 @@ class Teacher:
         """Logits for the images of an epoch as `train` shows them: float32 [n, num_classes].
 
         Recorded ones where there are, else the teacher answers now, in inference mode. A record
-        that is cut short, or of other weights or data, is made anew, which is said once.
+        that is damaged, or of other weights or data, is made anew, which is said once.
         """
         views = {"augment": config.values()["augment"], "batch_size": batch_size}
         views |= {"seed": config.seed, "epoch": epoch, "data": data.fingerprint}
         views["device"] = data.train.images.device.type
         home = file_name(f"{self.run.key}-{data.name}")  # which may be a path
         path = runs_dir() / ".teachers" / home / f"{digest(views)}.f16"
-        owner = hashlib.sha256(f"{self._weights} {data.fingerprint}".encode()).digest()
+        owner = f"{self._weights} {data.fingerprint}"
         shown = min(len(data.train), data.train.num_batches(batch_size) * batch_size)
         shape = shown, data.num_classes
         with store_lock(f"{path.parent.name}-{path.stem}"):  # another student may be waiting for it
@@ -82,7 +82,8 @@ class Teacher:
             if logits is None:
                 logits = self._answer(data, config, epoch, batch_size)
                 with atomic_write(path) as file:
-                    file.write(owner + logits.numpy().tobytes())
+                    answers = logits.numpy().tobytes()
+                    file.write(_sealed(owner, answers) + answers)
         logits = logits.to(data.train.images.device).float()
         return logits[:, list(self.classes)] if self.classes else logits
 
@@ -103,14 +104,19 @@ class Teacher:
         return logits
 
 
-def _read(path, owner: bytes, shape: tuple[int, int]) -> Tensor | None:
+def _sealed(owner: str, answers: bytes) -> bytes:
+    """What tells that these answers are whole, and whose: 32 bytes in front of them."""
+    return hashlib.sha256(owner.encode() + answers).digest()
+
+
+def _read(path, owner: str, shape: tuple[int, int]) -> Tensor | None:
     """The recorded logits, float16; None if there are none or, after a warning, unfit ones."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
-    if content[:32] == owner and len(content) == 32 + 2 * shape[0] * shape[1]:
+    if content[:32] == _sealed(owner, content[32:]):
         return torch.from_numpy(np.frombuffer(content, np.float16, offset=32).copy()).view(shape)
-    problem = "is cut short, or of another teacher or other data"
+    problem = "is damaged, or of another teacher or other data"
     warn(f"{path.parent.name}: what the teacher said {problem}. It is asked again.")
     return None

@@ -1,6 +1,7 @@
 """Notebooks without a person: execute one through papermill, read what it reports."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ def full_parameters(notebook: Path, *, report: bool = False) -> dict[str, Any]:
     if not path.exists():
         raise NotebookError(f"run: {notebook.stem} has no full profile ({path} is missing).")
     values = parameters.from_yaml(path.read_text(), owner=str(path))
+    if not isinstance(values, dict):
+        raise NotebookError(f"run: {path} holds {values!r}. Give a line `NAME: VALUE` for each.")
     return values if report or "publish" not in values else {**values, "publish": False}
 
 
@@ -89,7 +92,8 @@ def read(path: Path) -> nbformat.NotebookNode:
 def execute(job: Job) -> None:
     """Execute a notebook into its output, which is replaced only when every cell ran.
 
-    Raises NotebookError if a cell fails. What ran until then is kept where the job says.
+    Raises NotebookError if a cell fails, and before it starts if the output's folder cannot be
+    written. What ran until then is kept where the job says.
     """
     import papermill
     from traitlets.config import Config
@@ -98,10 +102,18 @@ def execute(job: Job) -> None:
     kept = f"What ran is in {job.failed}; {untouched}"
     # Kernels warn on the terminal when what they send is not encrypted.
     config = Config(KernelManager={"transport_encryption": "auto"})
-    job.failed.parent.mkdir(parents=True, exist_ok=True)
+    spec = {"name": "python3"} | read(job.notebook).metadata.get("kernelspec", {})
+    options = {"kernel_name": spec["name"], "language": "python", "config": config}
+    try:
+        for folder in (job.failed.parent, job.output.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:  # better now than after hours
+        problem = f"{folder} cannot be written ({error.strerror})"
+        raise NotebookError(f"{name}: {problem}. Give another folder with --out.") from None
     try:
         notebook = papermill.execute_notebook(
-            job.notebook, job.failed, job.parameters, progress_bar=False, config=config
+            job.notebook, job.failed, job.parameters, progress_bar=False, **options
         )
     except papermill.PapermillExecutionError as error:
         reason = f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"

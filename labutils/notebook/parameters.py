@@ -29,8 +29,15 @@ def from_yaml(text: str, *, owner: str) -> Any:
 
 
 def of_notebook(path: Path) -> dict[str, Any]:
-    """Names and literals, else None, of the cell tagged `parameters`. ValueError without one."""
-    for cell in nbformat.read(path, as_version=4).cells:
+    """Names and literals, else None, of the cell tagged `parameters`.
+
+    Raises ValueError without one, and for a file that is no notebook.
+    """
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except Exception as error:  # JSON that is no notebook fails in many ways
+        raise ValueError(f"{path} is no notebook ({settings.first_line(error)}).") from None
+    for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             return _assigned(cell.source)
     raise ValueError(f"{path.name} has no cell tagged 'parameters'. Tag the one that sets them.")

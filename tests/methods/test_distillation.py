@@ -132,7 +132,13 @@ def of_another(path):
     path.write_bytes(bytes(32) + path.read_bytes()[32:])
 
 
-@pytest.mark.parametrize("spoil", [cut_short, of_another])
+def one_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [cut_short, of_another, one_bit])
 def test_a_record_that_is_not_its_own_is_made_anew_and_this_is_said_once(
     data, teacher, spoil, capsys
 ):
@@ -143,7 +149,7 @@ def test_a_record_that_is_not_its_own_is_made_anew_and_this_is_said_once(
         spoil(path)
         assert torch.equal(teacher.lessons(data, CONFIG, 0, 10), whole)
     said = capsys.readouterr().out
-    assert said.count("is cut short, or of another teacher or other data. It is asked again.") == 1
+    assert said.count("is damaged, or of another teacher or other data. It is asked again.") == 1
 
 
 def test_other_data_views_and_seeds_have_records_of_their_own_and_weights_replace_them(

@@ -109,6 +109,25 @@ def test_parameters_that_do_not_fit_are_refused_before_anything_runs(make_notebo
     assert not output.parent.exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_the_notebook_runs(make_notebook, project):
+    (project / "file").touch()
+    job = batch.prepare(make_notebook("1 / 0"), project / "file" / "out", {})
+    wanted = rf"1\.1_demo: {project}/file/out cannot be written .*--out"
+    with pytest.raises(batch.NotebookError, match=wanted):
+        batch.execute(job)
+    assert not job.failed.exists()
+
+
+def test_a_notebook_that_names_no_kernel_runs_in_this_python(make_notebook, project):
+    path = make_notebook("print(epochs)")
+    notebook = nbformat.read(path, 4)
+    del notebook.metadata["kernelspec"]
+    nbformat.write(notebook, path)
+    job = batch.prepare(path, project / "build", {"epochs": 2})
+    batch.execute(job)
+    assert batch.read(job.output).cells[-1].outputs[0].text == ["2\n"]
+
+
 def test_notebooks_are_found_by_number_name_and_all(make_notebook):
     first, second = make_notebook(name="1.1_demo"), make_notebook(name="1.2_other")
     assert batch.find_notebooks("1.1") == batch.find_notebooks("1.1_demo") == [first]
@@ -129,6 +148,13 @@ def test_a_missing_full_profile_or_parameters_cell_is_named(make_notebook, proje
     (project / "notebooks" / "full" / "1.1_demo.yaml").write_text("epochs: [9\n")
     with pytest.raises(ValueError, match=r"1\.1_demo\.yaml is no YAML"):
         batch.full_parameters(path)
+    for text in ("", "- 9\n"):
+        (project / "notebooks" / "full" / "1.1_demo.yaml").write_text(text)
+        with pytest.raises(batch.NotebookError, match=r"1\.1_demo\.yaml holds .*NAME: VALUE"):
+            batch.full_parameters(path)
     nbformat.write(new_notebook(), path)
     with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
+        batch.prepare(path, path.parent, {})
+    path.write_text('{"a":')
+    with pytest.raises(ValueError, match=rf"^{path} is no notebook"):
         batch.prepare(path, path.parent, {})
