@@ -16,7 +16,7 @@ help:
 	@echo 'make store    execute the notebooks in place: refresh their stored outputs'
 	@echo 'make results  rebuild reports/results.json and the tables of both READMEs'
 	@echo 'make verify   test all weights in models/ again, against their cards (needs the data)'
-	@echo 'make bench    print the tables of benchmarks/README.md (two need real data)'
+	@echo 'make bench    print the tables of benchmarks/README.md (an hour; two need real data)'
 	@echo 'make lint     ruff and the import order'
 
 # uv installs the several GB that torch brings in seconds where pip takes minutes; pip brings uv,

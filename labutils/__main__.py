@@ -9,7 +9,13 @@ from .base.files import data_dir, project_dir
 
 SHARED = [  # by the commands that execute notebooks
     click.Argument(["notebook"]),
-    click.Option(["--profile"], type=click.Choice(["quick", "full"]), default="quick"),
+    click.Option(
+        ["--profile"],
+        type=click.Choice(["quick", "full"]),
+        default="quick",
+        show_default=True,
+        help="full: real data, and the parameters of notebooks/full/.",
+    ),
     click.Option(["--out"], type=click.Path(path_type=Path), help="Folder for what comes out."),
     click.Option(["--scheduler"], metavar="ADDRESS", help="Of a Dask cluster that runs."),
 ]
@@ -39,7 +45,7 @@ def commands() -> None:
 
 
 @commands.command(params=[*SHARED])
-@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE")
+@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter.")
 @click.option("--jobs", type=click.IntRange(1), help="Notebooks at a time; default: one a core.")
 def run(notebook, profile, given, out, jobs, scheduler) -> int:
     """Execute NOTEBOOK: its number (1.1), its name, or all.
@@ -82,7 +88,9 @@ def run(notebook, profile, given, out, jobs, scheduler) -> int:
 
 
 @commands.command(params=[*SHARED])
-@click.option("-p", "axes", nargs=2, multiple=True, required=True, metavar="NAME VALUES")
+@click.option(
+    "-p", "axes", nargs=2, multiple=True, required=True, metavar="NAME VALUES", help="An axis."
+)
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Notebooks at a time; default: 1.")
 def sweep(notebook, profile, axes, out, jobs, scheduler) -> int:
     """Execute NOTEBOOK once for each combination of values, and print a table of the scores.
@@ -129,7 +137,12 @@ def data(names) -> None:
 
 @commands.command()
 @click.argument("image", type=click.Path(path_type=Path))
-@click.option("--model", default="1.3_cnn_seed0", show_default=True, help="Name of a finished run.")
+@click.option(
+    "--model",
+    default="1.3_cnn_seed0",
+    show_default=True,
+    help="Name of a finished run, NAME of a file models/NAME-KEY.safetensors, say.",
+)
 @click.option("--method", default="cam", show_default=True, help="Or gradcam, layercam, ...")
 @click.option("--layer", help="Where to look, for other methods than cam; default: the last stage.")
 @click.option("--class", "class_name", help="Whose evidence to show; default: the predicted one's.")
@@ -148,7 +161,9 @@ def cam(image, model, method, layer, class_name, out) -> None:
 
     out = out or Path(f"{image.stem}-cam.png")
     options = {"method": method, "layer": layer, "class_name": class_name}
-    print(f"{explain_file(load_run(model), image, out, **options)}\n{out}")
+    run = load_run(model)
+    title = explain_file(run, image, out, **options)
+    print(f"{title}; all that it knows are {', '.join(run.info['data']['classes'])}\n{out}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def verify(folder: Path) -> bool:
 
     Returns whether no file is damaged and every accuracy is that of the card within 0.05 points,
     or within 0.3 where a run of bf16 is tested in float32, which moves single images. A run whose
-    data set is not here, or only another copy of it, is skipped; the last lines say why.
+    data set is not here, or other than what it was trained on, is skipped; the last lines say why.
     """
     runs, reasons, agree = [], {}, True
     for path in sorted(folder.glob("*.json")):
@@ -42,17 +42,19 @@ def verify(folder: Path) -> bool:
         try:
             data = load_data(**json.loads(arguments))
         except (DataError, ValueError) as error:
-            reasons[name] = first_line(error)
+            reasons[f"No {name}"] = first_line(error)
         for run in group:
             if data is not None and data.fingerprint == run.info["data"]["fingerprint"]:
                 verdict, line = _compare(run, data)
                 agree = agree and verdict != "differs"
-            else:
+            elif data is None:
                 verdict, line = "skipped", f"needs {name}"
-                reasons.setdefault(name, "what is here is not what the run was trained on.")
+            else:
+                verdict, line = "skipped", f"other data than {name} here"
+                reasons["Other data"] = "another copy, or images or labels that a notebook changed."
             print(f"{run.name:<46}{verdict:<9}{line}", flush=True)
-    for name, reason in reasons.items():
-        print(f"No {name}: {reason}")
+    for what, reason in reasons.items():
+        print(f"{what}: {reason}")
     return agree
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .settings import first_line
+from .settings import Seed, check, first_line
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -40,7 +40,11 @@ def device_name(device: torch.device) -> str:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices): call it before building a model."""
+    """Seed Python, NumPy and torch (all devices) from 0 to 2**32 - 1, else ValueError.
+
+    Call it before building a model.
+    """
+    check("seed_everything", {"seed": Seed}, {"seed": seed})
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

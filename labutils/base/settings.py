@@ -2,10 +2,11 @@
 
 import dataclasses
 import difflib
+import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, dataclass_transform
+from typing import Annotated, Any, Literal, dataclass_transform, get_type_hints
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError, field_validator
@@ -44,7 +45,9 @@ def _readable_errors(known: Iterable[str]) -> Iterator[None]:
                 allowed = re.findall("'([^']+)'", problem["ctx"]["expected"])
                 hint = suggestion(str(problem["input"]), allowed)
             why = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{error.title}: {where} = {problem['input']!r}. {why}.{hint}")
+            missing = problem["type"] == "missing"  # its input is all that is there
+            value = "is missing" if missing else f"= {problem['input']!r}. {why}"
+            lines.append(f"{error.title}: {where} {value}.{hint}")
         raise ValueError("\n".join(lines)) from None
 
 
@@ -61,15 +64,33 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _settings(cls: type) -> type:
-    """Class decorator: a frozen dataclass; raises check()'s ValueError if a value does not fit."""
+    """Class decorator: a frozen dataclass; raises check()'s ValueError if a value does not fit.
+
+    Its docstring lists the fields with the comments beside them, so that help() explains them.
+    """
+    fields = inspect.getsource(cls).partition('"""\n\n')[2].partition("\n\n")[0]
+    cls.__doc__ = f"{cls.__doc__}\n\n{fields}"
     cls = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=_STRICT)
     cls.__init__ = _readable_errors(cls.__dataclass_fields__)(cls.__init__)
+    cls.__signature__ = plain_signature(cls)
     return cls
+
+
+def plain_signature(owner: Callable) -> inspect.Signature:
+    """Its signature with plain types: help() would show the bounds as pydantic's objects."""
+    signature, plain = inspect.signature(owner), get_type_hints(owner)
+    parameters = signature.parameters.items()
+    return signature.replace(
+        parameters=[each.replace(annotation=plain.get(name, Any)) for name, each in parameters]
+    )
 
 
 @_settings
 class Augment:
-    """Changes of training images, in this order, drawn anew for every image and epoch."""
+    """Changes of training images, in this order, drawn anew for each in every epoch.
+
+    Flips that alternate are drawn once.
+    """
 
     crop: Pixels = 0  # whole pixels, either way, on both axes; the border is mirrored
     flip: Literal["none", "random", "alternating"] = "none"  # left and right; see Split.shuffled

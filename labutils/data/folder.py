@@ -77,10 +77,12 @@ def _decode_all(root: Path, files: Sequence[str], size: int) -> np.ndarray:
 def decode(path: Path | str, size: int) -> np.ndarray:
     """One image file of any mode (of an animation, the first frame) as uint8 [3, size, size].
 
-    The centre of a longer side is cut out. Raises DataError if it cannot be decoded.
+    The centre of a longer side is cut out. Raises DataError if it cannot be decoded or is no file.
     """
     from PIL import Image, ImageOps
 
+    if not Path(path).is_file():
+        raise DataError(f"{path} is no file. Give that of an image: {', '.join(FORMATS)}.")
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
@@ -139,12 +140,13 @@ def _wanted(class_idx: int | Tensor | None, count: int, num_classes: int) -> Ten
         wanted = torch.as_tensor(class_idx).cpu()
     except (RuntimeError, TypeError, ValueError):  # a class's name, say
         wanted = torch.empty(0)
-    fits = wanted.dtype == torch.int64 and wanted.shape in ((), (count,))
+    whole = not wanted.is_floating_point() and wanted.dtype != torch.bool
+    fits = whole and wanted.shape in ((), (count,))
     if not (fits and ((wanted >= 0) & (wanted < num_classes)).all()):
         given = class_idx.tolist() if isinstance(class_idx, Tensor) else class_idx
         allowed = f"0 to {num_classes - 1}, one for all or one for each of {count} images"
         raise ValueError(f"class_idx = {given!r}. Give whole numbers from {allowed}.")
-    return wanted.expand(count)
+    return wanted.long().expand(count)
 
 
 def _explanation(raws, logits, wanted: Tensor, images: Tensor) -> Explanation:
@@ -160,6 +162,7 @@ def _explanation(raws, logits, wanted: Tensor, images: Tensor) -> Explanation:
 
 
 def _check_images(model: nn.Module, images: Tensor) -> None:
+    check("explain", {"model": InstanceOf[nn.Module]}, {"model": model})
     if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
         kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else images
         needed = "normalised images, float [N, C, H, W]; one image is images[None]"
@@ -193,7 +196,7 @@ def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[str, int
     stages = [each for each in spatial if each.startswith("stages.") and each.count(".") == 1]
     name = stages[-1] if name is None and stages else name
     if name not in spatial:
-        known = ", ".join(spatial) or "none"
+        known = ", ".join(spatial) or "none; choose a convolutional network"
         given = "is not given" if name is None else f"= {name!r} has no maps or does not exist"
         raise ValueError(f"explain: layer {given}. Layers with maps: {known}.")
     return name, num_classes

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from ..base import device as machine
@@ -40,6 +41,7 @@ class Teacher:
     _weights: str = field(init=False, repr=False)  # a run that was trained anew may have others
 
     def __post_init__(self) -> None:
+        check("Teacher", {"run": InstanceOf[Run]}, {"run": self.run})
         object.__setattr__(self, "_model", self.run.network())
         object.__setattr__(self, "_weights", weights_digest(self._model.state_dict()))
         count = len(self.run.info["data"]["classes"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.files import digest, runs_dir
-from ..base.settings import check
+from ..base.settings import PositiveInt, check
 from ..data.tensors import ImageData, Split
 from ..models import registry
 from ..models.convnets import ConvNet
@@ -24,6 +24,7 @@ from ..training.key import remember_origin, weights_digest
 from ..training.runs import Run
 
 _KINDS = {"model": InstanceOf[ConvNet]}
+_FEATURES = {"split": InstanceOf[Split], "grid": PositiveInt, "batch_size": PositiveInt} | _KINDS
 _KEPT = 4e9  # bytes of features, beside the runs
 
 
@@ -43,11 +44,13 @@ def features(
         when all take more than 4 GB. Raises ValueError for an unknown stage, a grid below 1 or an
         empty split.
     """
-    check("features", _KINDS, {"model": model})
-    wanted = list(model.stages) if stages is None else list(stages)
+    given = {"model": model, "split": split, "grid": grid, "batch_size": batch_size}
+    check("features", _FEATURES, given)
+    wanted = [*model.stages] if stages is None else stages
+    wanted = wanted if isinstance(wanted, str) else [*wanted]
     check("features", {"stages": list[Literal[*model.stages]]}, {"stages": wanted})
-    if grid < 1 or not len(split):
-        raise ValueError(f"features: grid = {grid}, {len(split)} images. Give at least 1 of each.")
+    if not len(split):
+        raise ValueError("features: the split is empty. Give one with at least one image.")
     seen = {"images": split.images, "statistics": torch.tensor([split.mean, split.std])}
     content = [weights_digest(model.state_dict() | seen), str(model), wanted, grid]
     path = runs_dir() / ".features" / f"{digest(content)}.safetensors"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 from pydantic import Field
 from torch import nn
 
-from ..base.settings import check, first_line
+from ..base.settings import check, first_line, plain_signature
 
 MODELS: dict[str, type[nn.Module]] = {}
 Classes = Annotated[int, Field(ge=2, lt=2**31)]
@@ -36,6 +36,7 @@ def register(cls: type[nn.Module]) -> type[nn.Module]:
             changed = {name: value for name, value in given.items() if value != defaults[name]}
             self.spec = {"model": cls.__name__} | changed
 
+    __init__.__signature__ = plain_signature(init)
     cls.__init__ = __init__
     MODELS[cls.__name__] = cls
     return cls

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from pydantic import InstanceOf
 from scipy import stats
 from torch import Tensor
 
@@ -92,12 +93,16 @@ def mean_std(values: Sequence[float] | pd.Series) -> str:
 def tabulate(scores: Mapping[Any, Score], names: Sequence[str]) -> pd.DataFrame:
     """Test and train accuracy of every run, the long table that figures take.
 
-    scores: key -> Score. names: of the columns that hold the parts of a key. The other columns are
-    seed, split and accuracy (%).
+    scores: key -> Score. names: of the columns that hold the parts of a key, else ValueError. The
+    other columns are seed, split and accuracy (%).
     """
     parts = []
     for key, score in scores.items():
-        labels = dict(zip(names, key if isinstance(key, tuple) else (key,)))
+        values = key if isinstance(key, tuple) else (key,)
+        if len(values) != len(names):
+            problem = f"key = {key!r}, names = {list(names)}"
+            raise ValueError(f"tabulate: {problem}. Give a name for each part of a key.")
+        labels = dict(zip(names, values))
         for split, what in (("test", "accuracy"), ("train", "train_accuracy")):
             part = score.values(what).rename("accuracy (%)").rename_axis("seed").reset_index()
             parts.append(part.assign(split=split, **labels))
@@ -156,9 +161,10 @@ class Claims:
     ) -> None:
         """Record the test accuracy of each model, and claim that it reaches its target.
 
-        scores: model -> Score.
+        scores: model -> Score; else ValueError.
         headline: whether the tables of all exercises show the rows too, or only those of a sweep.
         """
+        check("targets", {"scores": dict[str, InstanceOf[Score]]}, {"scores": scores})
         for model, score in scores.items():
             known, goal, values = published.get(model), target.get(model), score.values()
             if goal:
@@ -195,6 +201,8 @@ def _exceeds(low: float, high: float, by: float) -> bool | None:
 def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
     """The 95 % interval of the mean difference, infinite if unknown, and the evidence."""
     first, second = (side.values() if isinstance(side, Score) else side for side in (one, other))
+    kinds = dict.fromkeys(["first", "second"], InstanceOf[pd.Series])
+    check("Claims: a Score or a Series by seed", kinds, {"first": first, "second": second})
     apart = (first - second).dropna()
     evidence = f"{mean_std(first)} against {mean_std(second)} {unit}"
     if len(apart) > 2:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from ..training.loop import train
 from ..training.runs import Run, publish
 from .claims import ByModel, Score, mean_std
 
+_KINDS = {"exercise": str, "data": InstanceOf[ImageData]}
 _SEEDS = Annotated[list[Seed], Field(min_length=1)]
 _COLUMNS = {  # of a table of results, with the digits after the point
     "precision (%)": ("precision", 2),
@@ -52,6 +54,7 @@ class Experiment:
     def __init__(
         self, exercise: str, data: ImageData, *, seeds: Sequence[int], retrain=False, publish=False
     ) -> None:
+        check("Experiment", _KINDS, {"exercise": exercise, "data": data})
         self.exercise, self.data, self.retrain, self.publishes = exercise, data, retrain, publish
         self.seeds = _checked(seeds)
         # By labels and seed, so that a cell can run twice: these, run, data.
@@ -79,7 +82,7 @@ class Experiment:
         is no result.
         """
         check("fit", {"config": InstanceOf[TrainConfig]}, {"config": config})
-        if isinstance(build, nn.Module) or "seed" in labels:
+        if isinstance(build, nn.Module) or not callable(build) or "seed" in labels:
             remedy = "build as a function, `lambda: lab.MLP(...)` say, and seeds as seeds=[...]"
             raise ValueError(f"fit: every seed needs a network of its own. Give {remedy}.")
         data, runs = data or self.data, {}
@@ -137,7 +140,10 @@ class Experiment:
 
         scores: (recipe, model) -> Score. tta: add a column for the accuracy with test-time flip.
         references: more columns, model -> accuracy in percent, published results for example.
+        Raises ValueError for other scores.
         """
+        kinds = {"scores": dict[tuple[str, str], InstanceOf[Score]]}
+        check("results", kinds, {"scores": dict(scores)})
         rows, references = {}, {name: known for name, known in references.items() if known}
         for (recipe, model), score in scores.items():
             parameters = f"{score.first.info['parameters']:,}"
@@ -182,8 +188,8 @@ class Experiment:
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:
-    given = list(seeds) if isinstance(seeds, Iterable) else seeds
-    seeds = check("Experiment", {"seeds": _SEEDS}, {"seeds": given})["seeds"]
+    seeds = np.asarray(seeds).tolist()  # a range, NumPy's numbers
+    seeds = check("Experiment", {"seeds": _SEEDS}, {"seeds": seeds})["seeds"]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"Experiment: seeds = {seeds}. Give each once.")
     return seeds

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from filelock import FileLock
+from pydantic import InstanceOf
 from torch import nn
 
 from ..base.files import models_dir, runs_dir
-from ..base.settings import first_line, suggestion
+from ..base.settings import check, first_line, suggestion
 from ..data.tensors import ImageData
 from ..evaluation import metrics
 from ..models.registry import build, registered
@@ -68,10 +69,15 @@ class Run:
         return inside if self.path.is_dir() else beside
 
     def best(self, column: str) -> float:
-        """A column of the history at the best epoch; RunError if the first epoch did not end."""
+        """A column of the history at the best epoch, else ValueError.
+
+        Raises RunError if the first epoch did not end.
+        """
         if not self.info["best_epoch"]:
             raise RunError(f"{self.name}: {self.stop_reason} before the first epoch ended.")
-        return self.rows[self.info["best_epoch"] - 1][column]
+        row = self.rows[self.info["best_epoch"] - 1]
+        check("best", {"column": Literal[*row]}, {"column": column})
+        return row[column]
 
     def test(self, data: ImageData, *, tta: bool = False) -> metrics.Metrics:
         """Metrics on the test split, measured once, in the precision of training; in the card.
@@ -94,6 +100,7 @@ class Run:
         return found
 
     def _require_trained_on(self, data: ImageData) -> None:
+        check("test", {"data": InstanceOf[ImageData]}, {"data": data})
         trained, asked = self.info["data"]["fingerprint"], data.fingerprint
         if asked != trained:
             problem = f"{self.name}: trained on data {trained}, asked to test on {asked}"
@@ -172,6 +179,7 @@ def load_run(name: str) -> Run:
     name: that of the run, with its key where two have the same name.
     Raises RunError if none or several have it, if only its card is published, or it is damaged.
     """
+    check("load_run", {"name": str}, {"name": name})
     stored = {path.stem: path for path in models_dir().glob("*.json")}
     # What a kill in the middle of finish has left beside a run counts only where that is gone.
     for path in sorted(runs_dir().glob("*/card.json"), reverse=True):

@@ -26,8 +26,8 @@ def require_teachable(teacher: Teacher | None, data: ImageData, config: TrainCon
     """Raise ValueError for a teacher who is missing, not asked or does not fit."""
     if bool(config.alpha) != (teacher is not None):
         problem = "is given a teacher" if teacher else "has no teacher"
-        remedy = "alpha above 0 and a teacher belong together; without both, labels alone count"
-        raise ValueError(f"train: alpha = {config.alpha} {problem}. Give {remedy}.")
+        remedy = "Give alpha above 0 and a teacher, or neither: then labels alone count"
+        raise ValueError(f"train: alpha = {config.alpha} {problem}. {remedy}.")
     if teacher is not None:
         teacher.require_fit(data)
 

@@ -189,3 +189,9 @@ def test_signals_are_collected_and_ignored_ones_stay_ignored():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, "a"])
+def test_a_seed_is_a_whole_number_of_32_bits(seed):
+    with pytest.raises(ValueError, match=f"^seed_everything: seed = {seed!r}"):
+        device.seed_everything(seed)

@@ -252,3 +252,20 @@ def test_values_are_checked_against_any_type_hints():
         "cut: share = 1. Extra inputs are not permitted. Did you mean 'shares'? "
         "Known: count, shares.",
     ]
+
+
+def test_help_explains_every_setting_in_plain_types():
+    for kind in (TrainConfig, Augment):
+        text, shown = inspect.getdoc(kind), str(inspect.signature(kind))
+        for field in dataclasses.fields(kind):
+            assert f"\n{field.name}: " in text
+        assert "FieldInfo" not in shown
+        assert "crop: int = 0" in shown or "epochs: int = 20" in shown
+    assert "# images per step" in inspect.getdoc(TrainConfig)
+    assert str(inspect.signature(lab.MLP)).startswith("(in_features: int, hidden: list[int]")
+
+
+def test_a_value_that_is_missing_is_said_to_be():
+    kinds = {"spec": dict, "seed": int}
+    with pytest.raises(ValueError, match=r"^f: seed is missing\.$"):
+        base.check("f", kinds, {"spec": {}})

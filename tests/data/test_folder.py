@@ -286,3 +286,9 @@ def test_what_programs_hide_beside_images_is_no_class_and_no_image(tree):
     (root / "train" / "a" / "._1.png").write_bytes(b"what a Mac leaves")
     after = read(f"folder:{root}")
     assert (after.classes, len(after.train[1])) == (before.classes, 4) == (("a", "b"), 4)
+
+
+def test_what_is_no_file_is_said_to_be_none(tmp_path):
+    for path in (tmp_path, tmp_path / "absent.png"):
+        with pytest.raises(DataError, match=rf"^{path} is no file\."):
+            folder.decode(path, 8)

@@ -199,6 +199,10 @@ def test_one_grey_image_of_another_size():
 
 
 BAD = {
+    "images of a class too many": (
+        {"class_idx": torch.tensor([0, 1], dtype=torch.int32)},
+        r"class_idx = \[0, 1\]\. Give whole numbers from 0 to 4, one for all or one for each",
+    ),
     "class by name": ({"class_idx": "cat"}, r"class_idx = 'cat'\. Give whole numbers from 0 to 4"),
     "class too high": ({"class_idx": 5}, r"class_idx = 5\. Give whole numbers from 0 to 4, one"),
     "class below 0": ({"class_idx": -1}, r"class_idx = -1\. "),

@@ -245,3 +245,8 @@ def test_logits_that_float16_cannot_hold_are_refused(data, teacher):
     with pytest.raises(ValueError, match="teacher run are not finite in float16"):
         lab.Teacher(teacher.run).lessons(data, CONFIG, 0, 10)
     assert not records()
+
+
+def test_a_name_is_no_teacher():
+    with pytest.raises(ValueError, match=r"^Teacher: run = '1\.3_cnn'\. .* Run"):
+        lab.Teacher("1.3_cnn")

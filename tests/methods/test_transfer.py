@@ -251,14 +251,21 @@ def test_bad_requests_name_what_is_there(source, data):
     model = NETWORKS["CNN"]()
     with pytest.raises(ValueError, match=r"stages\[0\] = 'stage3'.* 'stage1' or 'stage2'"):
         lab.features(model, data.test, ["stage3"])
-    with pytest.raises(ValueError, match="grid = 0"):
-        lab.features(model, data.test, grid=0)
+    with pytest.raises(ValueError, match=r"^features: stages = 'stage1'\..* list"):
+        lab.features(model, data.test, "stage1")
+    for name, value in {"grid": 0, "batch_size": 0, "split": data.test.images}.items():
+        given = {"split": data.test, name: value}
+        with pytest.raises(ValueError, match=rf"^features: {name} = "):
+            lab.features(model, **given)
     with pytest.raises(ValueError, match=r"up_to = 'stage9'.* 'stage1' or 'stage2'"):
         lab.freeze(model, up_to="stage9")
     with pytest.raises(ValueError, match="up_to = 'head'"):  # which would leave nothing to train
         lab.freeze(model, up_to="head")
     assert all(parameter.requires_grad for parameter in model.parameters())
-    for function, options in ((lab.freeze, {"up_to": "stage1"}), (lab.features, {"split": None})):
+    for function, options in (
+        (lab.freeze, {"up_to": "stage1"}),
+        (lab.features, {"split": data.test}),
+    ):
         with pytest.raises(ValueError, match=rf"^{function.__name__}: model = MLP"):
             function(lab.MLP(4, [5], 3), **options)
     with pytest.raises(ValueError, match=r"^start_from: run = CNN"):

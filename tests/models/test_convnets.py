@@ -367,7 +367,7 @@ def test_a_layer_list_is_refused_exactly_where_the_image_is_gone(layers, height,
         ("FullyConvCNN", {"layers": [8, "64"]}, r"layers\[1\]: channels = '64'.*integer"),
         ("FullyConvCNN", {"layers": [True]}, r"layers\[0\]: channels = True.*integer"),
         ("FullyConvCNN", {"layers": [None]}, r"layers\[0\]: channels = None.*integer"),
-        ("FullyConvCNN", {"layers": [{}]}, r"layers\[0\]: channels .*required"),
+        ("FullyConvCNN", {"layers": [{}]}, r"layers\[0\]: channels is missing\."),
         (
             "FullyConvCNN",
             {"layers": [{1: 2, "channels": 3}]},

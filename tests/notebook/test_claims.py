@@ -223,3 +223,14 @@ def test_the_long_table_has_a_row_for_each_run_and_split(trained):
     assert means["test", "ours"] == pytest.approx(statistics.fmean(ours.values()))
     assert means["train", "ours"] == pytest.approx(ours.values("train_accuracy").mean())
     assert list(lab.tabulate({3: ours}, ["width"]).width.unique()) == [3]
+
+
+def test_what_is_no_score_is_named():
+    claims = lab.Claims("9.9")
+    with pytest.raises(ValueError, match=r"Score or a Series by seed: second = 2\.0"):
+        claims.above("c", pd.Series([1.0]), 2.0)
+    with pytest.raises(ValueError, match=r"^targets: scores = 3\. .* Score"):
+        claims.targets({"a": 3})
+    with pytest.raises(ValueError, match=r"^tabulate: key = \('a', 'b'\), names = \['recipe'\]"):
+        lab.tabulate({("a", "b"): None}, ["recipe"])
+    assert not claims.rows

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import labutils as lab
@@ -96,6 +97,7 @@ def test_labels_of_no_comparison_or_of_several_are_refused(trained, labels, foun
     ],
 )
 def test_seeds_are_checked_before_anything_trains(data, seeds, message):
+    assert lab.Experiment("9.9", data, seeds=np.arange(2)).seeds == [0, 1]
     with pytest.raises(ValueError, match=message):
         lab.Experiment("9.9", data, seeds=seeds)
 
@@ -218,3 +220,15 @@ def test_other_data_is_remembered_with_its_runs(data):
     ex = lab.Experiment("9.9", data, seeds=[0])
     assert ex.fit(make_model, CONFIG, data=other, model="tiny").data.name == "others"
     assert ex.score(model="tiny").data.name == "others"
+
+
+def test_what_an_experiment_cannot_use_is_named(data):
+    with pytest.raises(ValueError, match=r"^Experiment: exercise = 1\.1"):
+        lab.Experiment(1.1, data, seeds=[0])
+    with pytest.raises(ValueError, match=r"^Experiment: data = 'digits'"):
+        lab.Experiment("1.1", "digits", seeds=[0])
+    ex = lab.Experiment("9.9", data, seeds=[0])
+    with pytest.raises(ValueError, match="Give build as a function"):
+        ex.fit(None, CONFIG)
+    with pytest.raises(ValueError, match=r"^results: scores = 'a'\. Input should be a valid tuple"):
+        ex.results({"a": None})

@@ -601,6 +601,18 @@ def test_a_run_that_does_not_say_what_network_it_is_cannot_be_loaded(run):
         load_run(run.name)
 
 
+def test_what_a_run_is_asked_for_is_checked(data):
+    run = lab.train(make_model(), data, CONFIG, track=None, progress=False)
+    with pytest.raises(
+        ValueError, match=r"^best: column = 'val_acc'.* Did you mean 'val_accuracy'"
+    ):
+        run.best("val_acc")
+    with pytest.raises(ValueError, match=r"^test: data = 'digits'\. .* ImageData"):
+        run.test("digits")
+    with pytest.raises(ValueError, match=r"^load_run: name = None"):
+        lab.load_run(None)
+
+
 def test_an_error_of_ones_own_file_is_not_one_of_the_store(data, tmp_path):
     absent = tmp_path / "absent.txt"
     with pytest.raises(FileNotFoundError) as caught, runs.store_lock("k"):
