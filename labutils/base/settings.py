@@ -81,7 +81,9 @@ def plain_signature(owner: Callable) -> inspect.Signature:
     signature, plain = inspect.signature(owner), get_type_hints(owner)
     parameters = signature.parameters.items()
     return signature.replace(
-        parameters=[each.replace(annotation=plain.get(name, Any)) for name, each in parameters]
+        parameters=[
+            each.replace(annotation=plain.get(name, each.annotation)) for name, each in parameters
+        ]
     )
 
 
