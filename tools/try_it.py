@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 
 from labutils.base.files import project_dir
+from labutils.data.sources import KNOWN
 from labutils.notebook import batch, engine, parameters
 
 
@@ -47,7 +48,7 @@ def try_all(notebooks: Sequence[Path]) -> bool:
     folder, jobs, failures = project_dir() / "build" / "try_it", [], []
     for path in notebooks:
         for number, (text, changes) in enumerate(suggestions(path), start=1):
-            own = "PATH" in str(changes) or changes.get("dataset") == "mnist"
+            own = "PATH" in str(changes) or changes.get("dataset") in KNOWN
             label = f"{path.stem}, {text}"
             if own or not changes:
                 print(f"by hand: {label}")

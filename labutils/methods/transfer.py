@@ -25,6 +25,7 @@ from ..training.runs import Run
 
 _KINDS = {"model": InstanceOf[ConvNet]}
 _FEATURES = {"split": InstanceOf[Split], "grid": PositiveInt, "batch_size": PositiveInt} | _KINDS
+_BUDGET = {"data": InstanceOf[ImageData], "share": float}
 _KEPT = 4e9  # bytes of features, beside the runs
 
 
@@ -125,8 +126,7 @@ def label_budget(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
     A larger share holds all images of a smaller one; pixels are normalised as before. Raises
     ValueError for a share that leaves a class without an image.
     """
-    check("label_budget", {"data": InstanceOf[ImageData]}, {"data": data})
-    check("label_budget", {"share": float}, {"share": share})
+    check("label_budget", _BUDGET, {"data": data, "share": share})
     labels = data.train.labels.cpu()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     counts = [(share * int(n) + 1e-9) // 1 for n in labels.bincount(minlength=data.num_classes)]
