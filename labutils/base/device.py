@@ -23,7 +23,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         problem = f"device = {str(device)!r} cannot be used here ({first_line(error)})"
         allowed = "'auto', 'cpu', 'cuda', 'cuda:N', 'mps'; 'auto' always works"
         raise ValueError(f"{problem}. Allowed: {allowed}.") from error
@@ -73,7 +73,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
     """Store the weights of a convolutional network pixel by pixel, not channel by channel.
 
-    Convolutions are up to twice as fast that way (benchmarks/throughput.py), and no number changes.
+    Convolutions are up to twice as fast that way (benchmarks/throughput.py), and numbers change in the last bits.
     Other models, and a few for which it is not safe, stay as they are.
     """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]

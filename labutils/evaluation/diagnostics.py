@@ -40,7 +40,7 @@ def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) 
         yield
 
 
-def _training_step(model: nn.Module, images: Tensor) -> Tensor:
+def training_logits(model: nn.Module, images: Tensor) -> Tensor:
     """The logits of a training step; modes, buffers and random state are left alone."""
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with in_mode(model, training=True), fork_rng(range(torch.cuda.device_count())):
@@ -62,7 +62,7 @@ def gradient_norms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataFra
     """
     trained = _trained(model, "gradient_norms")
     with torch.enable_grad():
-        loss = F.cross_entropy(_training_step(model, batch[0]), batch[1])
+        loss = F.cross_entropy(training_logits(model, batch[0]), batch[1])
     grads, rows = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True))), {}
     for name, layer in model.named_modules():
         own = [grads.get(p) for p in layer.parameters(recurse=False)]
@@ -89,7 +89,7 @@ def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataF
         }
 
     with torch.no_grad(), observed(model, after):
-        _training_step(model, batch[0])
+        training_logits(model, batch[0])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
@@ -142,6 +142,6 @@ def training_flops(
         sizes = [(input_size[0], side, side) for side in image_sizes] or [input_size]
         for size in sizes:
             # Of two, since batch norm has nothing to compare one with.
-            logits = _training_step(model, torch.zeros(2, *size, device=trained[0].device))
+            logits = training_logits(model, torch.zeros(2, *size, device=trained[0].device))
             torch.autograd.grad(logits.sum(), trained, allow_unused=True)
     return counter.get_total_flops() // (2 * len(sizes))

@@ -75,14 +75,18 @@ def predict(
         raise ValueError("evaluate: the split is empty. Give one with at least one image.")
     device = next((parameter.device for parameter in model.parameters()), split.images.device)
     precision, batches = usable_precision(precision, device), []
-    with in_mode(model, training=False), torch.inference_mode(), autocast(precision, device):
+    batch_size = min(batch_size, max(1, 2**22 // split.images[0].numel()))  # large ones take GB
+    # Not inference_mode: what a model keeps from its first call may be needed in training.
+    with in_mode(model, training=False), torch.no_grad(), autocast(precision, device):
         for images, _ in split.batches(batch_size):
             images = images.to(device)
             logits = model(images)
+            if getattr(logits, "ndim", None) != 2 or len(logits) != len(images):
+                found = type(logits).__name__
+                if isinstance(logits, Tensor):
+                    found = f"shape {list(logits.shape)}"
+                raise ValueError(f"evaluate: the model returned {found}, not [N, num_classes].")
             batches.append((logits.float() + model(images.flip(-1)).float()) / 2 if tta else logits)
-    if batches[0].ndim != 2 or len(batches[0]) != min(batch_size, len(split)):
-        shape = list(batches[0].shape)
-        raise ValueError(f"evaluate: the model returned shape {shape}, not [N, num_classes].")
     return torch.cat(batches).float().to(split.images.device)
 
 
@@ -105,9 +109,10 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Me
     if len(bad := (~logits.isfinite().all(dim=1)).nonzero()):
         hint = "Check the weights, and that the images are normalised."
         raise ValueError(f"evaluate: the logits of image {int(bad[0])} are not finite. {hint}")
-    if (label := int(labels.max())) >= num_classes:
-        hint = "Give the model one output for each class of the data."
-        raise ValueError(f"evaluate: label {label} with {num_classes} logits an image. {hint}")
+    low, high = map(int, labels.aminmax())
+    if low < 0 or high >= num_classes:
+        problem = f"evaluate: label {min(low, 0) or high} with {num_classes} logits an image"
+        raise ValueError(f"{problem}. Give the model one output for each class of the data.")
     preds, top_k = logits.argmax(dim=1), min(top_k, num_classes)
     confusion = tm.multiclass_confusion_matrix(preds, labels, num_classes)
     right = (preds == labels).cpu().numpy()

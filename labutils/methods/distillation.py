@@ -96,9 +96,10 @@ class Teacher:
         precision = machine.usable_precision(self.run.info.get("precision", "float32"), device)
         model = self._model.to(device)
         order = {"seed": config.seed, "epoch": epoch, "augment": config.augment}
-        with in_mode(model, training=False), machine.autocast(precision, device):
+        with in_mode(model, training=False):
             for images, _ in data.train.shuffled(batch_size, **order):
-                batches.append(model(images).half())
+                with machine.autocast(precision, device):  # the images are made outside of it
+                    batches.append(model(images).half())
         logits = torch.cat(batches).cpu()
         if not logits.isfinite().all():
             problem = f"the logits of the teacher {self.run.name} are not finite in float16"

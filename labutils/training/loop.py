@@ -9,9 +9,9 @@ import math
 import platform
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, InstanceOf
@@ -32,7 +32,7 @@ from .target import Teacher, batch_loss, require_teachable
 
 _KINDS = {"model": InstanceOf[nn.Module], "data": InstanceOf[ImageData]}
 _KINDS |= {"config": InstanceOf[TrainConfig], "checkpoint_seconds": NonNegativeFloat}
-_KINDS |= {"teacher": InstanceOf[Teacher] | None, "track": str | list[str] | None}
+_KINDS |= {"teacher": InstanceOf[Teacher] | None, "track": list[Literal["auto", *watch.MIRRORS]]}
 _KINDS |= {"name": Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$", max_length=200)]}
 
 
@@ -59,7 +59,7 @@ def train(
     config.accumulate: a step is computed in so many parts, whose gradients add up to those of the
         batch; batch norm sees one part at a time. config.image_sizes: images are shrunk to each of
         these in turn, for equal shares of the steps; the last is their own. Scored at full size.
-    checkpoint_seconds: longest time of work that a kill can cost.
+    checkpoint_seconds: time between checkpoints; besides, a kill costs a step or a validation.
     A model.compile() before, like the device and bf16, changes rounding and dropout's choice, but
     not the key.
 
@@ -70,13 +70,17 @@ def train(
     being finite, a checkpoint cannot be continued, or the runs folder cannot be written.
     """
     config = config or TrainConfig()
+    track = [track] if isinstance(track, str) else track or []
     given = {"model": model, "data": data, "config": config, "name": name}
     given |= {"teacher": teacher, "track": track, "checkpoint_seconds": checkpoint_seconds}
     check("train", _KINDS, given)
     require_trainable(model, data, config)
     require_teachable(teacher, data, config)
     run = _describe(model, data, config, teacher, name)
-    if retrain or not (found := find(run.key, model)):
+    found = None
+    with suppress(RunError):  # another process may be replacing it: under the lock nobody does
+        found = None if retrain else find(run.key, model)
+    if not found:
         with store_lock(run.key):
             # Another process may have finished this very run while we waited for the lock.
             if retrain or not (found := find(run.key, model)):
@@ -252,12 +256,13 @@ def _describe(model, data, config, teacher, name) -> Run:
     spec, weights = identify(model, config.seed)
     info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
     info["config"] = config.values()
-    info["data"] = {name: getattr(data, name) for name in ("name", "source", "fingerprint")}
+    info["data"] = {
+        name: getattr(data, name) for name in ("name", "source", "fingerprint", "loaded")
+    }
     info["data"]["images"] = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
     # What it takes to use the network on another image, without the data.
     info["data"] |= {"classes": list(data.classes), "shape": list(data.image_shape)}
     info["data"] |= {"mean": [*map(float, data.train.mean)], "std": [*map(float, data.train.std)]}
-    info["data"]["loaded"] = data.loaded
     info["device"] = machine.device_name(data.train.images.device)
     info |= {"torch": torch.__version__, "python": platform.python_version()}
     if teacher is not None:

@@ -6,9 +6,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..base.settings import TrainConfig, first_line
+from ..base.settings import TrainConfig, check, first_line
 from ..data.augmentation import require_fit, resize
 from ..data.tensors import ImageData, Split
+from ..evaluation.diagnostics import training_logits
 from ..evaluation.metrics import predict
 from ..models.registry import num_parameters
 
@@ -16,6 +17,7 @@ from ..models.registry import num_parameters
 def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) -> None:
     """Raise ValueError for what does not fit together; move the model to the data's device."""
     split, shape, classes = data.train, data.image_shape, data.num_classes
+    check("train", {"data.classes": list[str]}, {"data.classes": list(data.classes)})
     for name in ("train", "val", "test"):  # load_data makes them so, others may not
         images, labels = getattr(data, name).images, getattr(data, name).labels
         numbers = labels.dtype == torch.int64 and not ((labels < 0) | (labels >= classes)).any()
@@ -27,15 +29,9 @@ def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) ->
         allowed = f"Choose at most {len(split)}, the images of the training split."
         raise ValueError(f"train: batch_size = {config.batch_size}. {allowed}")
     require_fit(config.augment, shape)
-    single = config.batch_size == config.accumulate
-    if single and any(isinstance(part, nn.BatchNorm1d) for part in model.modules()):
-        problem = f"batch_size = {config.batch_size} in {config.accumulate} parts are single images"
-        hint = "which batch normalisation cannot compare with anything. Choose a larger batch_size"
-        raise ValueError(f"train: {problem}, {hint}.")
     if not num_parameters(model):
         raise ValueError("train: the model has no parameter that requires a gradient.")
-    if config.optimizer == "muon":
-        hidden_weights(model)
+    make_optimizer(model, config)
     model.to(split.images.device)
     remedy = f"Build it for data.image_shape, an MLP with in_features={data.num_features}."
     images = split.images[:2]
@@ -44,6 +40,13 @@ def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) ->
     if outputs != classes:
         problem = f"the model has {outputs} outputs, the data {classes} classes"
         raise ValueError(f"train: {problem}. Build it with num_classes={classes}.")
+    if config.batch_size == config.accumulate:
+        try:
+            training_logits(model, split.normalise(images[:1]))
+        except ValueError as error:  # batch normalisation has nothing to compare one image with
+            problem = f"batch_size = {config.batch_size} in {config.accumulate} parts"
+            hint = f"are single images ({first_line(error)}). Choose a larger batch_size"
+            raise ValueError(f"train: {problem} {hint}.") from error
     if config.image_sizes and {*shape[1:]} != {config.image_sizes[-1]}:
         wanted = f"End at the side of the data's images, which have to be square: {shape[1:]}."
         raise ValueError(f"train: image_sizes = {config.image_sizes}. {wanted}")
@@ -57,7 +60,7 @@ def _outputs(model: nn.Module, split: Split, images: Tensor, remedy: str) -> int
     first = dataclasses.replace(split, images=images, labels=split.labels[: len(images)])
     try:
         return predict(model, first).shape[1]
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
         problem = f"the model cannot take images of shape {tuple(images.shape[1:])}"
         raise ValueError(f"train: {problem} ({first_line(error)}). {remedy}") from error
 

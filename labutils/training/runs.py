@@ -7,7 +7,7 @@ A published run is models/NAME-KEY.json, the same card, perhaps with NAME-KEY.sa
 import copy
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,7 +94,8 @@ class Run:
         # An unfinished run goes on in its folder, and its weights will be others.
         if self.path.is_dir() and self.stop_reason != "interrupted":
             try:
-                cards.write(card, cards.read(card) | {name: found.values()})
+                if (known := cards.read(card))["info"] == self.info:  # else a later run's
+                    cards.write(card, known | {name: found.values()})
             except (OSError, ValueError, LookupError, TypeError) as error:
                 warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
         return found
@@ -123,9 +124,16 @@ class Run:
     def network(self) -> nn.Module:
         """A copy of the model with the stored weights: a caller may have gone on changing it."""
         model = copy.deepcopy(self.require_model())
-        if self.weights.exists():
+        if self._stands():
             load_weights(model, self.weights)
         return model
+
+    def _stands(self) -> bool:
+        """Whether the weights at its path are its own: a later run may have taken its place."""
+        card = self.path / "card.json" if self.path.is_dir() else self.path
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            return cards.read(card)["info"] == self.info and self.weights.exists()
+        return False
 
     def __repr__(self) -> str:
         if not self.rows:
@@ -164,7 +172,8 @@ def open_stored(path: Path, model: nn.Module | None = None) -> Run:
                 problem = f"{run.name}: labutils cannot build its network, which is your own"
                 remedy = "Build it, then `load_state_dict` of safetensors.torch.load_file"
                 raise RunError(f"{problem}. {remedy}({str(run.weights)!r}).")
-            run.model = build(spec) if model is None else model
+            with torch.random.fork_rng(devices=()):  # the caller's random numbers stay
+                run.model = build(spec) if model is None else model
             load_weights(run.model, run.weights)
     # Text that is valid JSON but of another shape fails with an error of Python's own.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -219,7 +228,8 @@ def store_lock(key: str) -> Iterator[None]:
         with FileLock(lock):
             yield
     except OSError as error:
-        if error.filename and not Path(str(error.filename)).is_relative_to(runs_dir()):
+        ours = error.filename is None or Path(str(error.filename)).is_relative_to(runs_dir())
+        if error.errno is None or not ours:
             raise  # of a network that reads a file of its own, say
         problem = f"train: cannot write to {runs_dir()} ({error.strerror or error})"
         raise RunError(f"{problem}. Free space or set LABUTILS_RUNS, then go on.") from error
@@ -266,7 +276,7 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
     if weights:
         run.require_model()
     if weights and run.path != path:
-        if not run.weights.exists() or cards.read(run.path / "card.json")["info"] != run.info:
+        if not run._stands():
             problem = f"{run.weights} is gone; another run of the same settings has replaced it"
             raise RunError(f"{run.name}: {problem}. Give every run its own settings, a seed say.")
         # Measured before anything is replaced, since it takes a while and may be interrupted.

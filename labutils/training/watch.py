@@ -13,29 +13,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from ..base.settings import check, first_line
+from ..base.settings import first_line
 
 Mirror = Callable[[dict[str, float], bool], None]  # takes numbers, and whether they are final
 
 
-def open_mirrors(run: Any, track: str | list[str] | None) -> dict[str, Mirror]:
-    """Start the mirrors of a Run. track: 'auto', 'wandb', 'tensorboard', a list of them, or None.
+def open_mirrors(run: Any, track: list[str]) -> dict[str, Mirror]:
+    """Start the mirrors of a Run. track: 'wandb', 'tensorboard', 'auto', or several, or none.
 
     'auto' is W&B where it is installed and WANDB_MODE is set or a login is stored, else nothing.
-    Without a login or a network, W&B records offline. Raises ValueError for another name.
+    Without a login or a network, W&B records offline.
     """
-    kinds = [track] if isinstance(track, str) else list(track or [])
-    if kinds == ["auto"]:
-        asked = os.environ.get("WANDB_MODE") or _wandb_login()
-        kinds = ["wandb"] if asked and find_spec("wandb") else []
-    check("train", {"track": list[Literal["wandb", "tensorboard"]]}, {"track": kinds})
-    starts = {"wandb": _wandb, "tensorboard": _tensorboard}
-    return {kind: mirror for kind in kinds for mirror in _try(kind, starts[kind], run)}
+    if "auto" in track and (os.environ.get("WANDB_MODE") or _wandb_login()) and find_spec("wandb"):
+        track = [*track, "wandb"]
+    started = {kind: _try(kind, start, run) for kind, start in MIRRORS.items() if kind in track}
+    return {kind: mirror for kind, found in started.items() for mirror in found}
 
 
 def show_mirrors(mirrors: dict[str, Mirror], row: dict[str, float], final: bool = False) -> None:
@@ -107,6 +104,8 @@ def _tensorboard(run: Any) -> Mirror:
 
     return show
 
+
+MIRRORS = {"wandb": _wandb, "tensorboard": _tensorboard}
 
 _output: tuple[Any, Any] = (None, None)  # the cell that showed a line last, and its output's handle
 

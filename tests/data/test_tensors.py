@@ -77,6 +77,19 @@ def test_the_fingerprint_names_pixels_labels_classes_and_the_cut(write_npz):
     assert renamed != fingerprint()
 
 
+def test_splits_with_code_of_their_own_have_a_fingerprint_each(digits):
+    class Inverted(lab.Split):
+        def normalise(self, images):
+            return -super().normalise(images)
+
+    def inverted():
+        return dataclasses.replace(digits, train=Inverted(**vars(digits.train)))
+
+    data = inverted()
+    assert data.fingerprint == data.fingerprint
+    assert len({digits.fingerprint, data.fingerprint, inverted().fingerprint}) == 3
+
+
 def test_the_fingerprint_is_the_one_that_names_published_runs(digits):
     hasher = hashlib.sha256()
     for split in digits.train, digits.val, digits.test:

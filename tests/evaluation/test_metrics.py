@@ -294,6 +294,52 @@ def test_outputs_that_are_no_logits_are_refused_with_their_shape(digits, reshape
         lab.predict(Reshaped(digits.num_features, [], 10), digits.test, batch_size=64)
 
 
+@pytest.mark.parametrize("tta", [False, True])
+def test_outputs_that_are_no_tensor_are_refused_with_their_kind(digits, tta):
+    class Two(lab.MLP):
+        def forward(self, images):
+            return super().forward(images), images
+
+    with pytest.raises(ValueError, match=r"returned tuple, not \[N, num_classes\]"):
+        lab.predict(Two(digits.num_features, [], 10), digits.test, tta=tta)
+
+
+def zeros(*shape):
+    labels = torch.zeros(shape[0], dtype=torch.int64)
+    return lab.Split(torch.zeros(shape, dtype=torch.uint8), labels, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_large_images_are_scored_in_small_batches(model):
+    sizes, split = [], zeros(5, 3, 800, 800)
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    network.register_forward_hook(lambda _, images, __: sizes.append(len(images[0])))
+    lab.predict(network, split)
+    assert sizes == [2, 2, 1]
+
+
+def test_what_a_network_keeps_from_being_scored_serves_training(digits):
+    class Lazy(lab.MLP):
+        scale = None
+
+        def forward(self, images):
+            if self.scale is None:
+                self.scale = torch.full((1, 10), 2.0)
+            return super().forward(images) * self.scale
+
+    network = Lazy(digits.num_features, [], 10)
+    lab.evaluate(network, digits.val)
+    images, labels = next(digits.train.batches(8))
+    F.cross_entropy(network(images), labels).backward()
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_without_a_logit_is_refused(model, digits, label):
+    labels = digits.test.labels.clone()
+    labels[3] = label
+    with pytest.raises(ValueError, match=f"label {label} with 10 logits"):
+        lab.evaluate(model, dataclasses.replace(digits.test, labels=labels))
+
+
 def test_too_few_outputs_are_refused(digits):
     with pytest.raises(ValueError, match=r"label 9 with 4 logits.*one output for each class"):
         lab.evaluate(lab.MLP(digits.num_features, [], 4), digits.test)

@@ -62,6 +62,17 @@ def test_it_answers_for_the_views_that_the_student_sees(data, teacher):
     assert len(records()) == 3
 
 
+def test_its_views_are_the_students_to_the_bit_when_it_computes_in_bf16(
+    data, taught_by, monkeypatch
+):
+    monkeypatch.setattr(distillation.machine, "usable_precision", lambda *_: "bf16")
+    teacher, seen = lab.Teacher(taught_by), []
+    teacher._model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    teacher.lessons(data, CONFIG, 0, 10)
+    shown = data.train.shuffled(10, seed=0, epoch=0, augment=DISTORTED)
+    assert torch.cat(seen).equal(torch.cat([images for images, _ in shown]))
+
+
 def test_a_student_equals_a_loop_by_hand(data, teacher):
     config = lab.TrainConfig(epochs=1, batch_size=13, lr=0.01, alpha=0.7, temperature=3.0)
     run, bare = train(data, config, teacher=teacher), network()

@@ -1,5 +1,6 @@
 """Training: equal to a bare loop, found again, continued with the same bits, clear in failure."""
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import labutils as lab
 from labutils.base import device
-from labutils.training import checkpoint, loop, watch
+from labutils.training import checkpoint, loop, runs, watch
 from labutils.training.key import identify, run_key
 from labutils.training.runs import RunError, find, load_weights
 
@@ -802,6 +803,40 @@ def test_mirrors_are_closed_when_a_run_is_cut_off(data, mirror, action):
     assert summary["best/epoch"] == 1
 
 
+def test_a_run_that_is_being_replaced_is_found_when_it_is_whole(data, monkeypatch):
+    first, looks = train(data), []
+
+    def find(key, model):
+        looks.append(key)
+        if len(looks) == 1:
+            raise RunError("the stored run is damaged")  # between the old one and the new one
+        return runs.find(key, model)
+
+    monkeypatch.setattr(loop, "find", find)
+    again = train(data)
+    assert again.stored
+    assert (again.key, len(looks)) == (first.key, 2)
+
+
+def test_classes_that_no_card_can_hold_are_refused_before_the_training(data):
+    numbered = dataclasses.replace(data, classes=tuple(range(3)))
+    with pytest.raises(ValueError, match=r"^train: data.classes\[0\] = 0"):
+        train(numbered)
+
+
+def test_a_network_that_returns_several_things_is_refused(data):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(36, 3)
+
+        def forward(self, images):
+            return self.body(images.flatten(1)), images
+
+    with pytest.raises(ValueError, match=r"cannot take images .* returned tuple, not \[N, num_c"):
+        train(data, model=Two())
+
+
 def normalised():
     return lab.MLP(36, [3], 3, batch_norm=True)
 
@@ -819,9 +854,19 @@ def all_frozen():
         ),
         (
             {"config": with_changes(batch_size=4, accumulate=4), "model": normalised()},
-            r"batch_size = 4 in 4 parts are single images, which batch normalisation",
+            r"batch_size = 4 in 4 parts are single images \(.*Choose a larger batch_size",
+        ),
+        (  # whose last maps are of one pixel
+            {"config": with_changes(batch_size=1), "model": lab.ResNet((1, 6, 6), 3, width=2)},
+            r"batch_size = 1 in 1 parts are single images \(.*Choose a larger batch_size",
         ),
         ({"track": 3}, r"^train: track = 3\."),
+        ({"track": "neptune"}, r"^train: track\[0\] = 'neptune'.* 'wandb' or 'tensorboard'"),
+        ({"track": ["wandb", "neptune"]}, r"^train: track\[1\] = 'neptune'"),
+        (
+            {"config": with_changes(stage_decay=0.5)},
+            "stage_decay = 0.5, but MLP has no stages",
+        ),
         (
             {"config": with_changes(augment=lab.Augment(crop=6))},
             "crop = 6 with images of 6x6 pixels: .* at most 5",

@@ -527,6 +527,35 @@ def test_weights_of_a_run_that_was_replaced_are_not_published_as_its_own(run, da
         publish(run, weights=True, command="")
 
 
+def test_a_run_that_was_replaced_keeps_its_own_network_and_score(run, data):
+    own, info = copy.deepcopy(run.model), dict(run.info)
+    torch.manual_seed(1)
+    again = train(data, replace(CONFIG, seed=1))
+    assert not same_weights(own, again.model)
+    # What another machine or number of threads would do: other weights under the same key.
+    save_weights(run.weights, again.model.state_dict())
+    rewrite(
+        run.path / "card.json", info=info | {"seconds": 123.0}, weights=cards.sha256(run.weights)
+    )
+    assert same_weights(run.network(), own)
+    assert run.test(data) == evaluate(own, data.test)
+    assert card_of(run.path / "card.json")["test"] is None
+
+
+def test_an_interrupted_run_is_tested_as_it_is_whatever_lies_in_its_folder(data):
+    run = interrupted_run(data)
+    save_weights(run.weights, train(data, replace(CONFIG, seed=1)).model.state_dict())
+    assert same_weights(run.network(), run.model)
+
+
+def test_a_run_is_loaded_without_a_change_of_the_random_numbers(run):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_run(run.name)
+    assert torch.rand(3).equal(expected)
+
+
 def test_metrics_that_cannot_be_stored_are_returned_all_the_same(run, data, monkeypatch, capsys):
     def full(path, value):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -618,6 +647,8 @@ def test_an_error_of_ones_own_file_is_not_one_of_the_store(data, tmp_path):
     with pytest.raises(FileNotFoundError) as caught, runs.store_lock("k"):
         absent.read_text()
     assert caught.value.filename == str(absent)
+    with pytest.raises(ConnectionError, match="^gone"), runs.store_lock("k"):
+        raise ConnectionError("gone")
 
 
 def test_a_split_of_ones_own_may_have_statistics_as_tensors(data):
