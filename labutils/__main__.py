@@ -60,6 +60,11 @@ def run(notebook, profile, given, out, jobs, scheduler) -> int:
     """
     from .notebook import batch, engine, parameters
 
+    names = [name for name, _ in given]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"run: -p {max(names, key=names.count)} comes twice. `sweep` takes several."
+        )
     values = {name: parameters.from_yaml(text, owner=f"-p {name} {text!r}") for name, text in given}
     full = profile == "full"
     # Only the full profile as it stands makes a report; anything else is an experiment.
@@ -101,7 +106,8 @@ def sweep(notebook, profile, axes, out, jobs, scheduler) -> int:
     python -m labutils sweep 1.1 --profile full -p epochs 20,40              the rest as in full
 
     What comes out is in build/sweeps/. The same command again does only what is missing: failed,
-    stopped, or changed since.
+    stopped, or of another notebook or version of labutils. Other data under the same name, or code
+    of labutils that you change, are not noticed: then remove the folder.
     """
     from .notebook import batch
     from .notebook import sweep as sweeps
@@ -159,7 +165,8 @@ def cam(image, model, method, layer, class_name, out) -> None:
     from .methods.pictures import explain_file
     from .training.runs import load_run
 
-    out = out or Path(f"{image.stem}-cam.png")
+    name = f"{image.stem}-cam.png"
+    out = out / name if out and out.is_dir() else out or Path(name)
     options = {"method": method, "layer": layer, "class_name": class_name}
     run = load_run(model)
     title = explain_file(run, image, out, **options)

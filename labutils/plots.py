@@ -104,7 +104,8 @@ def image_grid(
     figure, axes = _figure(title, 9.0, 0.45 + rows * (size + 0.17 * lines), rows, columns)
     plt.setp(axes, frame_on=False, xticks=[], yticks=[])
     heats = [None] * len(images) if maps is None else np.asarray(maps)
-    for axis, image, caption, heat in zip(axes, np.asarray(images), captions, heats):
+    shown = zip(np.asarray(images), captions, heats, strict=True)
+    for axis, (image, caption, heat) in zip(axes, shown):
         axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
         if heat is not None:
             axis.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.5)
@@ -157,7 +158,7 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
         _curves(axis, table, "epoch", f"train_{score}", hue, colors, ":")
         _curves(axis, table, "epoch", f"val_{score}", hue, colors)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    seeds = table.groupby(hue)["seed"].nunique()
+    seeds = table.groupby([hue, "epoch"])["seed"].nunique()
     _describe(left, "mean cross-entropy (nats)", seeds, "val —   train ···   ", BAND)
     _log_ticks(left.yaxis)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
@@ -178,7 +179,7 @@ def lines(
     for kind, rows in table.groupby(style or [""] * len(table), sort=False):
         _curves(axis, rows, x, y, hue, colors, ":" if note else "-")
         note += f"{kind} {'···' if note else '—'}   " if style else ""
-    _describe(axis, y, table.groupby([hue, style or hue, x]).size(), note, BAND)
+    _describe(axis, y, table.groupby([hue, style or hue, x])[y].count(), note, BAND)
     if log_x and (table[x] % 1).any():
         _log_ticks(axis.xaxis)
     elif log_x:
@@ -203,7 +204,7 @@ def dots(table: DataFrame, *, x: str, y: str, hue: str, title: str, marks=None) 
     figure, (axis,) = _figure(title, 8.0, 1.5 + 0.55 * len(rows))
     marks = {name: values for name, values in (marks or {}).items() if len(values)}
     for (name, values), shape in zip(marks.items(), cycle("D|")):
-        marked = Series(values, dtype=float).reindex(rows)
+        marked = Series(values, dtype=float).rename(str).reindex(rows)
         axis.plot(marked, range(len(rows)), shape, ms=8, mfc="none", color=GREY, label=name)
     # Only rows that hold several hues need them one below the other.
     apart = 0.56 / max(2, len(hues)) if table.groupby(y)[hue].nunique().max() > 1 else 0.0
@@ -213,7 +214,7 @@ def dots(table: DataFrame, *, x: str, y: str, hue: str, title: str, marks=None) 
         look = {"fmt": "o", "ms": 6, "color": PALETTE[color], "label": name}
         axis.errorbar(spread["mean"], heights, xerr=spread["std"], **look)
     axis.set(xlabel=x, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
-    _describe(axis, "", table.groupby([y, hue]).size())
+    _describe(axis, "", table.groupby([y, hue])[x].count())
     axis.legend(**BESIDE)
     return figure
 
@@ -229,7 +230,7 @@ def against(table: DataFrame, *, prices: Sequence[str], y: str, hue: str, title:
             axis.errorbar(mean[price], mean[y], deviation, fmt="o", color=colors[name], label=name)
         axis.set_xlabel(price)
         _log_ticks(axis.xaxis)
-    _describe(axes[0], y, groups.size())
+    _describe(axes[0], y, groups[y].count())
     return _named(axes[-1], colors)
 
 

@@ -116,6 +116,17 @@ def test_a_value_that_is_no_yaml_is_one_line(executed, capsys):
     assert executed == []
 
 
+def test_a_parameter_that_comes_twice_is_refused(executed, capsys):
+    assert cli.main(["run", "1.1", "-p", "epochs", "1", "-p", "epochs", "2"]) == 1
+    assert capsys.readouterr().err.startswith("run: -p epochs comes twice")
+    assert executed == []
+
+
+def test_a_date_that_does_not_exist_is_no_yaml(executed, capsys):
+    assert cli.main(["run", "1.1", "-p", "epochs", "2020-13-45"]) == 1
+    assert capsys.readouterr().err.startswith("-p epochs '2020-13-45' is no YAML: month must be")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

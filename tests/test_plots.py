@@ -248,6 +248,27 @@ def test_marks_of_categories_that_the_table_lacks_are_left_out():
     np.testing.assert_allclose(axis.get_lines()[1].get_xdata(), [np.nan, 2.0])
 
 
+def test_marks_of_categories_that_are_numbers_stand_at_them():
+    table = pd.DataFrame({"recipe": ["ours"] * 2, "network": [3, 10], "accuracy (%)": [80.0, 90.0]})
+    axis = draw("dots", table, marks={"published": {3: 5.0, 10: 6.0}}).axes[0]
+    np.testing.assert_allclose(axis.get_lines()[0].get_xdata(), [5.0, 6.0])
+
+
+@pytest.mark.parametrize("name", ["lines", "dots", "against"])
+def test_measurements_that_are_not_there_are_not_counted(name):
+    table = pd.concat([results()[ARGUMENTS[name][0]]] * 2, ignore_index=True)
+    y = "accuracy (%)"
+    table.loc[len(table) // 2 :, y] = np.nan
+    title = draw(name, table).axes[0].get_title(loc="left")
+    assert title.endswith("n = 1 to 2")
+
+
+def test_images_without_a_caption_are_an_error():
+    images = np.zeros((3, 1, 2, 2), np.uint8)
+    with pytest.raises(ValueError, match="shorter"):
+        plots.image_grid(images, ["a", "b"], title="t")
+
+
 def test_marks_that_nobody_has_are_not_in_the_legend():
     axis = draw("dots", marks={"published": {}, "target": {"a": 1.0}}).axes[0]
     names = [text.get_text() for text in axis.get_legend().get_texts()]

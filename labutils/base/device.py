@@ -73,8 +73,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
     """Store the weights of a convolutional network pixel by pixel, not channel by channel.
 
-    Convolutions are up to twice as fast that way (benchmarks/throughput.py), and numbers change in the last bits.
-    Other models, and a few for which it is not safe, stay as they are.
+    Convolutions are up to twice as fast that way (benchmarks/throughput.py), and numbers change in
+    the last bits. Other models, and a few for which it is not safe, stay as they are.
     """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
     for layer in convolutions:

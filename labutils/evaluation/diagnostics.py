@@ -6,14 +6,12 @@ from contextlib import contextmanager
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.random import fork_rng
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.settings import first_line
-from ..models.registry import in_mode
+from ..models.registry import in_mode, training_logits
 
 
 @contextmanager
@@ -38,13 +36,6 @@ def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) 
     # A hook for all modules comes off in one go, even when an error ends the block.
     with register_module_forward_hook(hook):
         yield
-
-
-def training_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The logits of a training step; modes, buffers and random state are left alone."""
-    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with in_mode(model, training=True), fork_rng(range(torch.cuda.device_count())):
-        return functional_call(model, statistics, (images,))
 
 
 def _trained(model: nn.Module, owner: str) -> list[nn.Parameter]:

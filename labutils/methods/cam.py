@@ -111,14 +111,19 @@ def explain(
     cam = getattr(package, METHODS[method])(model=model, target_layers=[target])
     compute = cam.get_cam_image
 
-    def keep(*args, **kwargs):
-        raws.append(torch.as_tensor(compute(*args, **kwargs)).float())
+    def keep(images, layer, targets, maps, *others):
+        raws.append(torch.as_tensor(compute(images, layer, targets, maps, *others)).float())
+        if method == "eigencam":  # a singular vector has no sign: high is where the maps are
+            alike = (raws[-1] * torch.as_tensor(maps).sum(1)).sum((1, 2), keepdim=True)
+            raws[-1] *= torch.where(alike < 0, -1.0, 1.0)
         return raws[-1].numpy()
 
     cam.get_cam_image = keep
-    for batch, classes in _batches(images, wanted):
+    # Score-CAM shows the network an image once for each of its maps, all of a batch at a time.
+    for batch, classes in _batches(images, wanted, 1 if method == "scorecam" else None):
         targets = None if class_idx is None else [of_class(c) for c in classes.tolist()]
-        with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a bar an image
+        # Score-CAM draws a bar an image.
+        with torch.enable_grad(), contextlib.redirect_stderr(io.StringIO()):
             cam(input_tensor=batch, targets=targets)
         logits.append(cam.outputs.detach().float())
     # Not by `with cam:`, which swallows an IndexError. Both end cycles that would keep the graph.
@@ -127,8 +132,8 @@ def explain(
     return _explanation(raws, logits, wanted, images)
 
 
-def _batches(images: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    count = max(1, _PIXELS // images[0, 0].numel())
+def _batches(images: Tensor, wanted: Tensor, count=None) -> Iterator[tuple[Tensor, Tensor]]:
+    count = count or max(1, _PIXELS // images[0, 0].numel())
     return zip(images.detach().split(count), wanted.split(count))
 
 

@@ -45,10 +45,12 @@ class Teacher:
         object.__setattr__(self, "_model", self.run.network())
         object.__setattr__(self, "_weights", weights_digest(self._model.state_dict()))
         count = len(self.run.info["data"]["classes"])
-        check("Teacher", {"classes": list[int]}, {"classes": list(self.classes)})
-        if self.classes and sorted(self.classes) != [*range(count)]:
+        classes = np.asarray(self.classes).tolist()  # of NumPy's numbers too
+        check("Teacher", {"classes": list[int]}, {"classes": classes})
+        if classes and sorted(classes) != [*range(count)]:
             allowed = f"Give each of 0 to {count - 1} once, or none."
-            raise ValueError(f"Teacher: classes = {list(self.classes)}. {allowed}")
+            raise ValueError(f"Teacher: classes = {classes}. {allowed}")
+        object.__setattr__(self, "classes", classes)
 
     @property
     def key(self) -> str:
@@ -87,7 +89,7 @@ class Teacher:
                     answers = logits.numpy().tobytes()
                     file.write(_sealed(owner, answers) + answers)
         logits = logits.to(data.train.images.device).float()
-        return logits[:, list(self.classes)] if self.classes else logits
+        return logits[:, self.classes] if self.classes else logits
 
     @torch.inference_mode()
     def _answer(self, data, config, epoch, batch_size) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import plots
 from ..base.files import atomic_write
-from ..base.settings import check
+from ..base.settings import PositiveInt, check
 from ..data.folder import decode
 from ..data.tensors import Split
 from ..training.runs import Run, RunError
@@ -34,9 +34,10 @@ def save_cam_visualization(
 
     images: uint8 [N, C, H, W], as they are explained. labels: int64 [N]; classes: their names.
     Of every class `per_class` images, drawn by the seed, among them a mistake if there is one.
-    Raises ValueError for sizes that do not fit each other, OSError for a folder that cannot be
-    written.
+    Raises ValueError for sizes that do not fit each other or a per_class below 1, OSError for a
+    folder that cannot be written.
     """
+    check("save_cam_visualization", {"per_class": PositiveInt}, {"per_class": per_class})
     counts = {len(images), len(explanation.raw), len(labels)}
     if len(counts) > 1 or images.dtype != torch.uint8:
         found = f"{len(images)} images of {images.dtype}, {len(explanation.raw)} maps"

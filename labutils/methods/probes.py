@@ -21,11 +21,11 @@ Labelled = tuple[np.ndarray, np.ndarray]  # features float32 [N, D], labels int6
 class LinearSVM(LinearSVC):
     """Linear support vector machines with squared hinge loss, one class against the rest.
 
-    Predicts as LinearSVC, and finds its minimum (intercept in the penalty too) for all classes at
-    once and in matrix products: a hundred classes in the time of one. Squared hinge loss is the
-    squared distance to targets that may lie beyond the margin (Ho and Kashyap 1965,
-    https://doi.org/10.1109/PGEC.1965.264207), so that a step is a ridge regression, whose matrix
-    stays; momentum, taken back where it leads uphill (O'Donoghue and Candes 2015,
+    For C up to 0.01 it predicts as LinearSVC, and finds its minimum (intercept in the penalty too)
+    for all classes at once and in matrix products: a hundred classes in the time of one. Squared
+    hinge loss is the squared distance to targets that may lie beyond the margin (Ho and Kashyap
+    1965, https://doi.org/10.1109/PGEC.1965.264207), so that a step is a ridge regression, whose
+    matrix stays; momentum, taken back where it leads uphill (O'Donoghue and Candes 2015,
     https://arxiv.org/abs/1204.3982), makes the steps few.
     """
 

@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.files import digest, runs_dir
-from ..base.settings import PositiveInt, check
+from ..base.settings import PositiveInt, Seed, check
 from ..data.tensors import ImageData, Split
 from ..models import registry
 from ..models.convnets import ConvNet
 from ..models.registry import in_mode
 from ..training.cards import RunError, load_weights, save_weights
-from ..training.key import remember_origin, weights_digest
+from ..training.key import as_its_spec, remember_origin, weights_digest
 from ..training.runs import Run
 
 _KINDS = {"model": InstanceOf[ConvNet]}
 _FEATURES = {"split": InstanceOf[Split], "grid": PositiveInt, "batch_size": PositiveInt} | _KINDS
-_BUDGET = {"data": InstanceOf[ImageData], "share": float}
+_BUDGET = {"data": InstanceOf[ImageData], "share": float, "seed": Seed}
 _KEPT = 4e9  # bytes of features, beside the runs
 
 
@@ -39,19 +39,21 @@ def features(
 ) -> dict[str, Tensor]:
     """What stages make of the images of a split, from one pass through the network.
 
-    stages: their names, all by default. grid: maps are averaged over grid x grid parts of the
-        image. Returns stage -> float32 [N, channels * grid**2], on the CPU; the model's mode is
-        kept. They are kept in the folder of runs, found by weights and pixels, and the oldest go
-        when all take more than 4 GB. Raises ValueError for an unknown stage, a grid below 1 or an
-        empty split.
+    stages: their names, by default all; 'pool': what the head sees, [N, F] as it is. grid: maps are
+        averaged over grid x grid parts of the image. Returns stage -> float32 [N, channels *
+        grid**2], on the CPU; the model's mode is kept. They are kept in the folder of runs, found
+        by weights and pixels, and the oldest go when all take more than 4 GB. Raises ValueError for
+        an unknown stage, a grid below 1 or an empty split.
     """
     given = {"model": model, "split": split, "grid": grid, "batch_size": batch_size}
     check("features", _FEATURES, given)
     wanted = [*model.stages] if stages is None else stages
     wanted = wanted if isinstance(wanted, str) else [*wanted]
-    check("features", {"stages": list[Literal[*model.stages]]}, {"stages": wanted})
+    check("features", {"stages": list[Literal[*model.stages, "pool"]]}, {"stages": wanted})
     if not len(split):
         raise ValueError("features: the split is empty. Give one with at least one image.")
+    if not as_its_spec(model):  # nothing tells what a part of your own computes
+        return _features(model, split, wanted, grid, batch_size)
     seen = {"images": split.images, "statistics": torch.tensor([split.mean, split.std])}
     content = [weights_digest(model.state_dict() | seen), str(model), wanted, grid]
     path = runs_dir() / ".features" / f"{digest(content)}.safetensors"
@@ -79,8 +81,8 @@ def _features(model, split, wanted: list[str], grid: int, batch_size: int) -> di
     with in_mode(model, training=False), torch.inference_mode():
         for images, _ in split.batches(batch_size):
             maps = images.to(device)
-            for name, stage in model.stages.items():
-                maps = stage(maps)
+            for name, part in [*model.stages.items(), ("pool", model.pool)]:
+                maps = part(maps)
                 if name in found:
                     pooled = F.adaptive_avg_pool2d(maps, grid) if maps.ndim == 4 else maps
                     # A copy: the next stage may write over what it is given.
@@ -126,7 +128,7 @@ def label_budget(data: ImageData, share: float, *, seed: int = 0) -> ImageData:
     A larger share holds all images of a smaller one; pixels are normalised as before. Raises
     ValueError for a share that leaves a class without an image.
     """
-    check("label_budget", _BUDGET, {"data": data, "share": share})
+    check("label_budget", _BUDGET, {"data": data, "share": share, "seed": seed})
     labels = data.train.labels.cpu()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     counts = [(share * int(n) + 1e-9) // 1 for n in labels.bincount(minlength=data.num_classes)]

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.random import fork_rng
 
 from ..base.settings import check, first_line, plain_signature
 
@@ -59,6 +62,13 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def training_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of a training step; modes, buffers and random state are left alone."""
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with in_mode(model, training=True), fork_rng(range(torch.cuda.device_count())):
+        return functional_call(model, statistics, (images,))
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -89,6 +89,17 @@ def read(path: Path) -> nbformat.NotebookNode:
         raise NotebookError(reason) from None
 
 
+def require_writable(*folders: Path) -> None:
+    """Make folders that are not there. Raises NotebookError for one that cannot be written."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            problem = f"{folder} cannot be written ({error.strerror})"
+            raise NotebookError(f"{problem}. Give another folder with --out.") from None
+
+
 def execute(job: Job) -> None:
     """Execute a notebook into its output, which is replaced only when every cell ran.
 
@@ -104,13 +115,7 @@ def execute(job: Job) -> None:
     config = Config(KernelManager={"transport_encryption": "auto"})
     spec = {"name": "python3"} | read(job.notebook).metadata.get("kernelspec", {})
     options = {"kernel_name": spec["name"], "language": "python", "config": config}
-    try:
-        for folder in (job.failed.parent, job.output.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:  # better now than after hours
-        problem = f"{folder} cannot be written ({error.strerror})"
-        raise NotebookError(f"{name}: {problem}. Give another folder with --out.") from None
+    require_writable(job.failed.parent, job.output.parent)  # better now than after hours
     try:
         notebook = papermill.execute_notebook(
             job.notebook, job.failed, job.parameters, progress_bar=False, **options

@@ -169,7 +169,8 @@ class Claims:
             known, goal, values = published.get(model), target.get(model), score.values()
             if goal:
                 evidence = f"{score} %, published {known:g} %" if known else f"{score} %"
-                self.add(f"{model} reaches {goal:g} %", values.mean() >= goal, evidence)
+                reached = values.mean() >= goal - 1e-9  # 100 * 0.564 is a little less than 56.4
+                self.add(f"{model} reaches {goal:g} %", reached, evidence)
             row = {"exercise": self.exercise, "model": model, "dataset": score.data.name}
             row |= {"metric": "accuracy", "split": "test", "mean": float(values.mean())}
             row |= {"std": float(values.std()) if len(values) > 1 else 0.0, "n": len(values)}

@@ -98,7 +98,7 @@ class Experiment:
                 raise KeyboardInterrupt(f"{name} was interrupted. Run the cell again to go on.")
             runs[seed] = run
             its_labels = {**labels, "seed": seed}
-            self._trained[repr(its_labels)] = its_labels, run, data
+            self._trained[repr(sorted(its_labels.items()))] = its_labels, run, data
         return Score(runs, data)
 
     def _matching(self, labels: dict[str, Any]) -> list[tuple[dict[str, Any], Run, ImageData]]:

@@ -23,7 +23,7 @@ def from_yaml(text: str, *, owner: str) -> Any:
         return json.loads(text)  # in YAML 1.1, 1e-3 is no number
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 13th month, say
         problem = getattr(error, "problem", None) or settings.first_line(error)
         raise ValueError(f"{owner} is no YAML: {problem}. Lists are written [3, 10].") from None
 

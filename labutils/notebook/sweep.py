@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from .. import __version__
 from ..base.files import atomic_write, digest, project_dir
 from . import batch, engine, parameters
 from .batch import Job
@@ -57,7 +58,7 @@ def grid(
         if file in jobs:
             raise ValueError(f"sweep: {label} comes twice, or begins with the same 150 characters.")
         failed = project_dir() / "build" / "failed" / f"{notebook.stem},{file}"
-        key = digest([code, values])
+        key = digest([__version__, code, values])
         jobs[file] = Job(notebook, values, folder / file, failed, label, key, varied)
     return list(jobs.values())
 
@@ -68,7 +69,7 @@ def run(jobs: Sequence[Job], *, at_once: int = 1, scheduler: str | None = None) 
     Returns the exit status: 0, 1 if a notebook failed, 128 + the signal's number after a signal.
     """
     total, path, failures = len(jobs), jobs[0].output.with_name("table.csv"), []
-    path.parent.mkdir(parents=True, exist_ok=True)
+    batch.require_writable(path.parent)
     finished = [job for job in jobs if job.reported() is not None]
     missing = [job for job in jobs if job not in finished]
     where = f"on {scheduler}" if scheduler else f"{at_once} at a time"

@@ -61,15 +61,11 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
     Not always a digest: random numbers differ in the last bit between machines. A network of your
     own, or with a part that its spec does not build (a hook), gets a random number and a warning.
     """
-    kind, spec = type(model), getattr(model, "spec", {"model": repr(model)})
-    odd = kind.__name__
-    if registry.MODELS.get(odd) is kind and kind.__module__.startswith("labutils."):
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            fresh = registry.build(spec)
-        odd = _odd_part(model, fresh)
+    spec = getattr(model, "spec", {"model": repr(model)})
+    fresh, odd = _compared(model, seed)
     if odd is not None:
-        warn(f"{kind.__name__} is trained anew each time: no key can tell what {odd!r} computes")
+        kind = type(model).__name__
+        warn(f"{kind} is trained anew each time: no key can tell what {odd!r} computes")
         return spec, secrets.token_hex(6)
     if origin := _origin(model, fresh):
         return spec, origin
@@ -81,6 +77,24 @@ def identify(model: nn.Module, seed: int) -> tuple[dict[str, Any], str]:
             changes += _written(name, value)
     as_drawn = len(changes) == 1 and frozen == _frozen(fresh)
     return spec, "seed" if as_drawn else hashlib.sha256(b"".join(changes)).hexdigest()[:12]
+
+
+def as_its_spec(model: nn.Module) -> bool:
+    """Whether a network is as its spec builds it but for its weights: no hook, no other part."""
+    return _compared(model, seed=0)[1] is None
+
+
+def _compared(model: nn.Module, seed: int) -> tuple[nn.Module | None, str | None]:
+    """The network that its spec builds under a seed, and what in it is not as built there."""
+    kind = type(model)
+    if registry.MODELS.get(kind.__name__) is not kind or not kind.__module__.startswith(
+        "labutils."
+    ):
+        return None, kind.__name__
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        fresh = registry.build(model.spec)
+    return fresh, _odd_part(model, fresh)
 
 
 def _origin(model: nn.Module, fresh: nn.Module) -> str | None:

@@ -95,6 +95,7 @@ def _loop(state, data, config, teacher, after_step, after_epoch) -> str | None:
     model, optimizer, averaged = state.model, state.optimizer, state.averaged
     steps = _steps(data, config)  # in an epoch
     precision = machine.autocast(state.precision, data.train.images.device)
+    model.zero_grad()  # it may bring gradients along
     for epoch in range(state.epoch, config.epochs):
         state.started = time.perf_counter()
         taught = teacher and teacher.lessons(data, config, epoch, _part_size(config))

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from ..base.settings import TrainConfig, check, first_line
 from ..data.augmentation import require_fit, resize
 from ..data.tensors import ImageData, Split
-from ..evaluation.diagnostics import training_logits
 from ..evaluation.metrics import predict
-from ..models.registry import num_parameters
+from ..models.registry import num_parameters, training_logits
 
 
 def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) -> None:

@@ -6,8 +6,6 @@ import inspect
 import json
 import pickle
 import stat
-import subprocess
-import sys
 from typing import NotRequired
 
 import numpy as np
@@ -169,19 +167,6 @@ def test_a_written_file_is_as_readable_as_any_other(tmp_path):
     plain.touch()
     assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
-
-
-def test_importing_is_light():
-    heavy = ["pandas", "matplotlib", "sklearn", "torchvision", "torchmetrics", "wandb"]
-    child = """
-import sys, labutils
-print([name for name in ["torch", *sys.argv[1:]] if name in sys.modules])
-import labutils.data, labutils.training
-print([name for name in sys.argv[1:] if name in sys.modules])
-"""
-    command = [sys.executable, "-c", child, *heavy]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n") == ["[]", "[]", ""]
 
 
 def test_a_silent_error_is_named_by_its_kind():

@@ -267,3 +267,28 @@ def test_half_the_side_averages_by_a_triangle():
     row[..., 3] = 1.0
     weights = torch.tensor([0.0, 3 / 8, 1 / 8, 0.0])
     torch.testing.assert_close(augmentation.resize(row, 4), weights.expand(1, 1, 4, 4))
+
+
+ALONE = [{"crop": 2}, {"flip": "random"}, {"rotate": 20}, {"translate": 2}, {"zoom": 0.3}]
+ALONE += [{"area": 0.5}, {"cutout": 3}]
+
+
+@pytest.mark.parametrize("change", ALONE, ids=str)
+def test_each_setting_alone_changes_an_epoch_and_each_epoch_otherwise(digits, change):
+    plain, *changed = (
+        shown(digits.train, augment, epoch)[0]
+        for augment, epoch in ((Augment(), 0), (Augment(**change), 0), (Augment(**change), 1))
+    )
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations([plain, *changed], 2))
+
+
+def test_flips_crops_and_holes_depend_on_seed_and_epoch_and_not_on_each_other():
+    augment = Augment(crop=3, flip="random", cutout=2)  # 7 corners on an axis, and 7 pixels
+    first, *others = (
+        augmentation.draw(augment, (200, 1, 7, 7), seed, epoch)
+        for seed, epoch in ((0, 0), (1, 0), (0, 1))
+    )
+    for other in others:
+        assert not any(torch.equal(a, b) for a, b in zip(first, other))
+    _, corners, centres = first
+    assert not torch.equal(corners, centres)

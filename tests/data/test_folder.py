@@ -1,6 +1,7 @@
 """Folders of images: decoded as they look, in the order of torchvision, once."""
 
 import io
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -292,3 +293,18 @@ def test_what_is_no_file_is_said_to_be_none(tmp_path):
     for path in (tmp_path, tmp_path / "absent.png"):
         with pytest.raises(DataError, match=rf"^{path} is no file\."):
             folder.decode(path, 8)
+
+
+def test_a_change_that_leaves_the_size_of_the_file_is_seen(cached):
+    name, path, _ = cached
+    before = path.stat()
+    plain(51).save(path)
+    os.utime(path, ns=(before.st_mtime_ns + 1, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
+    assert read(name, image_size=8).train[0].max() == 51
+
+
+def test_a_relative_path_begins_at_the_project(tree, tmp_path, monkeypatch):
+    tree({"train/a/x.png": plain(1), "val/a/x.png": plain(2)})
+    monkeypatch.setattr(sources, "project_dir", lambda: tmp_path)
+    assert labelled(read("folder:tree").train) == {(1, 0)}

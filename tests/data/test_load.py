@@ -226,3 +226,18 @@ def test_numbers_of_numpy_are_those_of_python_in_a_card(digits):
         '"shortcut": null}',
     )
     assert type(lab.load_data("shapes10", shortcut=np.float32(0.5)).loaded["shortcut"]) is float
+
+
+def test_a_subset_is_drawn_by_the_seed_and_normalised_by_its_own_pixels():
+    kept = []
+    for seed in (0, 1):
+        images = np.arange(209, dtype=np.uint8).reshape(-1, 1, 1, 1)
+        splits = {name: (images, np.arange(209) % 2) for name in ("train", "val", "test")}
+        raw = ("r", ("a", "b"), splits)
+        with mock.patch("labutils.data.load.read", return_value=raw):
+            train = lab.load_data("r", subset=0.5, seed=seed, device="cpu").train
+        pixels = train.images.double() / 255
+        assert train.mean == pytest.approx((pixels.mean().item(),), rel=1e-12)
+        assert train.std == pytest.approx((pixels.std(correction=0).item(),), rel=1e-12)
+        kept.append(train.images)
+    assert not kept[0].equal(kept[1])

@@ -307,7 +307,7 @@ def test_each_group_and_epoch_is_distorted_anew(monkeypatch):
     distorted = [
         image
         for epoch in (0, 1)
-        for images, _ in split.shuffled(2, seed=0, epoch=epoch, augment=ALL_AT_ONCE)
+        for images, _ in split.shuffled(2, seed=0, epoch=epoch, augment=DISTORTED)
         for image in images
     ]
     assert len({tuple(image.flatten().tolist()) for image in distorted}) == 24

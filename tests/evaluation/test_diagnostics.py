@@ -311,3 +311,16 @@ def test_counting_the_operations_of_training_leaves_the_model_as_it_was():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients))
     assert torch.equal(torch.get_rng_state(), drawn)
     assert not model.training
+
+
+def test_gradients_are_measured_also_where_none_are_recorded():
+    expected = lab.gradient_norms(make(), batch())
+    with torch.no_grad():
+        assert lab.gradient_norms(make(), batch()).equals(expected)
+
+
+def test_a_layer_that_is_used_twice_shows_its_last_output():
+    shared = nn.ReLU()
+    model = nn.Sequential(nn.Linear(6, 4), shared, nn.Linear(4, 5), shared)
+    row = lab.activation_stats(model, batch()).loc["1"]
+    assert row.rms == pytest.approx(model(batch()[0]).square().mean().sqrt().item())

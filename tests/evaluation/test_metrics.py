@@ -388,3 +388,13 @@ def test_logits_that_are_not_finite_have_no_score():
     logits[1, 0] = torch.nan
     with pytest.raises(ValueError, match=r"^evaluate: the logits of image 1 are not finite\."):
         metrics_from_logits(logits, torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_loss_during_training_is_of_the_precision_asked_for(digits, monkeypatch):
+    monkeypatch.setattr(device, "_computes_bf16", lambda device: True)
+    torch.manual_seed(0)
+    model = lab.SimpleCNN(digits.image_shape, 10)
+    found = loss_and_accuracy(model, digits.val, precision="bf16")
+    expected, plain = (lab.evaluate(model, digits.val, precision=p) for p in ("bf16", "float32"))
+    assert found == pytest.approx((expected.loss, expected.accuracy), rel=1e-6)
+    assert found[0] != pytest.approx(plain.loss, rel=1e-6)

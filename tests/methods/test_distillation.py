@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch.nn import functional as F
 
 import labutils as lab
+from labutils.base import device
+from labutils.data import tensors
 from labutils.methods import distillation
 from labutils.training import watch
 from labutils.training.cards import save_weights
@@ -261,3 +264,41 @@ def test_logits_that_float16_cannot_hold_are_refused(data, teacher):
 def test_a_name_is_no_teacher():
     with pytest.raises(ValueError, match=r"^Teacher: run = '1\.3_cnn'\. .* Run"):
         lab.Teacher("1.3_cnn")
+
+
+def test_it_answers_under_a_lock_so_that_a_second_student_waits_for_the_record(
+    data, teacher, monkeypatch
+):
+    locked, lock = [], distillation.store_lock
+
+    @contextmanager
+    def noting(key):
+        with lock(key):
+            before = len(records())
+            yield
+            locked.append((before, len(records())))
+
+    monkeypatch.setattr(distillation, "store_lock", noting)
+    for _ in range(2):
+        teacher.lessons(data, CONFIG, 0, 10)
+    assert locked == [(0, 1), (1, 1)]
+
+
+def test_other_batches_are_other_views_and_have_records_of_their_own(data, teacher, monkeypatch):
+    monkeypatch.setattr(tensors, "_batches_at_once", lambda *_: 1)  # distorted batch by batch
+    for size in (10, 16):
+        shown = data.train.shuffled(size, seed=0, epoch=0, augment=DISTORTED)
+        with torch.no_grad():
+            expected = teacher.run.model.eval()(torch.cat([images for images, _ in shown]))
+        found = teacher.lessons(data, CONFIG, 0, size)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    assert len(records()) == 2
+
+
+def test_it_answers_in_the_precision_of_its_training(data, monkeypatch):
+    monkeypatch.setattr(device, "_computes_bf16", lambda device: True)
+    run = train(data, lab.TrainConfig(epochs=1, batch_size=16, precision="bf16"))
+    teacher, dtypes = lab.Teacher(run), set()
+    teacher._model.register_forward_hook(lambda *given: dtypes.add(given[-1].dtype))
+    teacher.lessons(data, CONFIG, 0, 10)
+    assert dtypes == {torch.bfloat16}

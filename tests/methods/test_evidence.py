@@ -224,3 +224,43 @@ def test_a_mask_grows_as_by_scipys_dilation(pixels):
     found = evidence.grow(masks, pixels)
     assert found.dtype == torch.bool
     np.testing.assert_array_equal(found.numpy(), binary_dilation(masks.numpy(), around))
+
+
+def test_the_maximum_counts_for_pointing_and_as_many_pixels_as_the_object_has_for_recall():
+    maps = torch.tensor([[[4.0, 3.0, 2.0, 1.0]], [[4.0, 3.0, 2.0, 1.0]]])
+    masks = torch.tensor([[[True, False, True, False]], [[False, True, False, False]]])
+    found = evidence.localisation(maps, masks)
+    assert found.pointing.tolist() == [1, 0]
+    assert found.recall.tolist() == [0.5, 0]
+
+
+def test_removal_asks_for_all_images_in_evaluation_mode_and_keeps_the_mode():
+    torch.manual_seed(0)
+    model, images = lab.CNN((3, 8, 8), 4, widths=[4]).train(), torch.randn(70, 3, 8, 8)
+    classes, maps = torch.arange(70) % 4, torch.rand(70, 8, 8)
+    found = evidence.removal(model, images, maps, classes, fill=evidence.fill_grey, steps=1)
+    assert model.training
+    with torch.no_grad():
+        expected = model.eval()(images).softmax(1)[torch.arange(70), classes]
+    assert found[0.0].to_numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_randomisation_breaks_one_layer_after_the_other_with_their_norms():
+    model, seen = lab.CNN((3, 8, 8), 4, widths=[4, 6]), []
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.ones_(part.bias)  # as training leaves it: not 0
+
+    def maps(network):
+        seen.append({name: value.clone() for name, value in network.state_dict().items()})
+        return torch.rand(2, 3, 3)
+
+    names = [f"{name}.weight" for name in evidence.randomisation(model, maps).index]
+    for number, state in enumerate(seen):
+        kept = [name for name in names if state[name].equal(model.state_dict()[name])]
+        assert kept == names[number:]
+    offsets = [name for name in state if name.startswith("stages.") and name.endswith(".bias")]
+    assert offsets
+    assert not any(state[name].any() for name in offsets)
+    evidence.randomisation(model, maps, seed=1)
+    assert not seen[-1]["head.weight"].equal(state["head.weight"])

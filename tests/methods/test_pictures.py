@@ -118,6 +118,11 @@ def test_a_picture_goes_beside_the_image_of_nobody_else(run, photo, tmp_path, mo
     assert (tmp_path / "photo-cam.png").exists()
 
 
+def test_a_folder_is_given_a_picture(run, photo, tmp_path, capsys):
+    assert cli.main(["cam", str(photo), "--model", run.name, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "photo-cam.png").exists()
+
+
 def test_a_picture_has_the_format_that_its_name_says(run, photo, tmp_path, capsys):
     command = ["cam", str(photo), "--model", run.name, "--out"]
     assert cli.main([*command, str(tmp_path / "o.jpg")]) == 0

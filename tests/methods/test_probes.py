@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -88,3 +89,21 @@ def test_features_without_their_labels_are_refused(kind):
         lab.probe(kind, (x, y), (x[:0], y[:0]))
     with pytest.raises(ValueError, match=r"^probe: train .* all finite"):
         lab.probe(kind, (np.full_like(x, np.nan), y), (x, y))
+
+
+@pytest.mark.parametrize("kind", ["svm", "bayes", "logistic"])
+def test_of_all_choices_the_best_on_val_is_taken(kind):
+    def draw(n, seed):  # half as many features as images: the loosest choice learns them by heart
+        rng, labels = np.random.default_rng(seed), np.arange(n) % 2
+        return (0.2 * labels[:, None] + rng.normal(size=(n, 100))).astype(np.float32), labels
+
+    train, val = draw(200, 0), draw(300, 1)
+    classifier, setting, choices = _KINDS[kind]
+    scores = {}  # on val, on train
+    for choice in choices:
+        theirs = clone(classifier).set_params(**{setting: choice})
+        theirs = make_pipeline(StandardScaler(), theirs).fit(*train)
+        scores[choice] = theirs.score(*val), theirs.score(*train)
+    best, by_heart = (max(scores, key=lambda choice: scores[choice][i]) for i in (0, 1))
+    assert scores[best][0] > scores[by_heart][0]
+    assert lab.probe(kind, train, val).score(*val) == scores[best][0]

@@ -54,8 +54,8 @@ def same(one, other):
 
 
 def test_features_are_kept_by_weights_and_pixels(data, monkeypatch, tmp_path):
-    model, passes = NETWORKS["CNN"]().eval(), []
-    model.stages["stage1"].register_forward_hook(lambda *_: passes.append(1))
+    model, passes, compute = NETWORKS["CNN"]().eval(), [], transfer._features
+    monkeypatch.setattr(transfer, "_features", lambda *given: passes.append(1) or compute(*given))
 
     def asked(split=data.test, **options):
         passes.clear()
@@ -86,6 +86,24 @@ def test_features_are_kept_by_weights_and_pixels(data, monkeypatch, tmp_path):
     monkeypatch.setattr(transfer, "_KEPT", 1)
     asked(grid=3)
     assert len(list(folder.iterdir())) == 1  # what was asked for last
+
+
+def test_features_of_a_network_with_a_part_of_ones_own_are_not_kept(data):
+    class Scaled(torch.nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, maps):
+            return self.factor * maps
+
+    found = []
+    for factor in (1.0, 0.0):
+        model = NETWORKS["CNN"]()
+        model.stages["stage2"].append(Scaled(factor))
+        found.append(lab.features(model, data.test)["stage2"])
+    assert found[0].any()
+    assert not found[1].any()
 
 
 def test_features_that_another_process_is_writing_stay(data, monkeypatch, tmp_path):
@@ -125,6 +143,8 @@ def test_features_are_pooled_outputs_of_the_stages(kind, data):
         torch.testing.assert_close(found[name], expected)
     assert found[name].dtype == torch.float32
     assert list(lab.features(model, data.test, ["stage1"])) == ["stage1"]
+    pooled = lab.features(model, data.test, ["pool"], grid=2)["pool"]
+    torch.testing.assert_close(model.head(pooled), lab.predict(model, data.test))
 
 
 def test_features_of_a_stage_without_maps_are_taken_as_they_are(data):
@@ -249,7 +269,7 @@ def test_equal_seeds_give_equal_bits_also_after_a_kill(data):
 
 def test_bad_requests_name_what_is_there(source, data):
     model = NETWORKS["CNN"]()
-    with pytest.raises(ValueError, match=r"stages\[0\] = 'stage3'.* 'stage1' or 'stage2'"):
+    with pytest.raises(ValueError, match=r"stages\[0\] = 'stage3'.* 'stage2' or 'pool'"):
         lab.features(model, data.test, ["stage3"])
     with pytest.raises(ValueError, match=r"^features: stages = 'stage1'\..* list"):
         lab.features(model, data.test, "stage1")
@@ -321,3 +341,39 @@ def test_a_label_budget_of_something_else_is_refused(data):
         lab.label_budget(data, "half")
     with pytest.raises(ValueError, match=r"^label_budget: data = "):
         lab.label_budget(data.train, 0.5)
+    with pytest.raises(ValueError, match=r"^label_budget: seed = 'a'"):
+        lab.label_budget(data, 0.5, seed="a")
+
+
+def test_the_oldest_features_go_first(data, monkeypatch, tmp_path):
+    model, folder, files = NETWORKS["CNN"](), tmp_path / "runs" / ".features", []
+    for number in range(3):
+        lab.features(model, dataclasses.replace(data.test, mean=(number / 10,)))
+        [new] = {*folder.iterdir()} - {*files}
+        os.utime(new, (number, number))
+        files.append(new)
+        monkeypatch.setattr(transfer, "_KEPT", 2 * new.stat().st_size)
+    assert {*folder.iterdir()} == {*files[1:]}
+
+
+def test_equal_weights_in_another_network_have_features_of_their_own(data):
+    layers = [[{"channels": 4, "stride": stride}] for stride in (1, 2)]
+    one, other = (lab.FullyConvCNN((1, 6, 6), 3, layers=each) for each in layers)
+    other.load_state_dict(one.state_dict())
+    first, second = (lab.features(model, data.test)["stage1"] for model in (one, other))
+    assert not first.equal(second)
+
+
+def test_a_label_budget_is_drawn_by_its_seed(data):
+    first, again, other = (lab.label_budget(data, 0.5, seed=s).train.images for s in (0, 0, 1))
+    assert first.equal(again)
+    assert not first.equal(other)
+
+
+def test_a_label_budget_of_whole_percents_of_a_hundred_is_exact(data):
+    labels = torch.arange(300) % 3
+    train = dataclasses.replace(data.train, images=torch.zeros(300, 1, 6, 6).byte(), labels=labels)
+    data = dataclasses.replace(data, train=train)
+    for percent in range(1, 101):  # 0.29 * 100 is 28.999999999999996
+        counts = lab.label_budget(data, percent / 100).train.labels.bincount()
+        assert counts.tolist() == [percent] * 3

@@ -112,7 +112,7 @@ def test_parameters_that_do_not_fit_are_refused_before_anything_runs(make_notebo
 def test_a_folder_that_cannot_be_written_is_named_before_the_notebook_runs(make_notebook, project):
     (project / "file").touch()
     job = batch.prepare(make_notebook("1 / 0"), project / "file" / "out", {})
-    wanted = rf"1\.1_demo: {project}/file/out cannot be written .*--out"
+    wanted = rf"{project}/file/out cannot be written .*--out"
     with pytest.raises(batch.NotebookError, match=wanted):
         batch.execute(job)
     assert not job.failed.exists()
@@ -158,3 +158,9 @@ def test_a_missing_full_profile_or_parameters_cell_is_named(make_notebook, proje
     path.write_text('{"a":')
     with pytest.raises(ValueError, match=rf"^{path} is no notebook"):
         batch.prepare(path, path.parent, {})
+
+
+def test_a_number_is_not_the_beginning_of_another(make_notebook):
+    first, tenth = make_notebook(name="1.1_demo"), make_notebook(name="1.10_more")
+    assert batch.find_notebooks("1.1") == [first]
+    assert batch.find_notebooks("1.10") == [tenth]

@@ -234,3 +234,44 @@ def test_what_is_no_score_is_named():
     with pytest.raises(ValueError, match=r"^tabulate: key = \('a', 'b'\), names = \['recipe'\]"):
         lab.tabulate({("a", "b"): None}, ["recipe"])
     assert not claims.rows
+
+
+@pytest.mark.parametrize(("only", "others", "n"), [(30, 10, 100), (60, 20, 1000), (9, 0, 9000)])
+def test_one_seed_has_the_interval_of_the_mean_of_paired_differences(only, others, n):
+    both = n - only - others
+    one = [True] * only + [False] * others + [True] * both
+    other = [False] * only + [True] * others + [True] * both
+    apart = 100 * pd.Series([int(a) - int(b) for a, b in zip(one, other)])
+    half = 1.96 * apart.std(ddof=0) / math.sqrt(n)
+    scores = Fixed({0: 90.0}, one), Fixed({0: 80.0}, other)
+    low, high = apart.mean() - half, apart.mean() + half
+    assert verdict("above", *scores, by=low - 1e-6) == "holds"
+    for by in (low + 1e-6, high - 1e-6):
+        assert verdict("above", *scores, by=by) == "not settled"
+    assert verdict("above", *scores, by=high + 1e-6) == "fails"
+
+
+def test_a_target_that_is_met_exactly_is_reached(trained, monkeypatch):
+    score = trained.score(recipe="ours", model="tiny")
+    monkeypatch.setattr(lab.Score, "values", lambda *_: pd.Series([100 * 0.564]))
+    claims = lab.Claims("9.9")
+    claims.targets({"tiny": score}, target={"tiny": 56.4})  # 100 * 0.564 is 56.39999999999999
+    assert claims.rows["tiny reaches 56.4 %"]["verdict"] == "holds"
+
+
+def test_a_target_is_reached_by_the_mean_and_exactly_is_enough(trained):
+    score = trained.score(recipe="ours", model="tiny")
+    mean, best = score.values().mean(), score.values().max()
+    assert mean < best
+    for goal, expected in ((mean, "holds"), (best, "fails")):
+        claims = lab.Claims("9.9")
+        claims.targets({"tiny": score}, target={"tiny": goal})
+        assert [row["verdict"] for row in claims.rows.values()] == [expected]
+
+
+def test_a_number_of_the_history_is_that_of_the_best_epoch_and_seconds_are_seconds(trained, data):
+    run = trained.score(recipe="ours", model="tiny").first
+    worse = run.rows[0] | {"epoch": 2, "val_loss": 9.0}
+    score = lab.Score({0: dataclasses.replace(run, rows=[*run.rows, worse])}, data)
+    assert list(score.values("val_loss")) == [run.rows[0]["val_loss"]]
+    assert list(score.values("seconds")) == [run.seconds]

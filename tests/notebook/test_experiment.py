@@ -232,3 +232,25 @@ def test_what_an_experiment_cannot_use_is_named(data):
         ex.fit(None, CONFIG)
     with pytest.raises(ValueError, match=r"^results: scores = 'a'\. Input should be a valid tuple"):
         ex.results({"a": None})
+
+
+def test_every_column_of_the_results_is_what_its_heading_says(trained):
+    score = trained.score(recipe="ours", model="tiny")
+    found = [run.test(score.data) for run in score.runs.values()]
+    row = trained.results({("ours", "tiny"): score}).loc[("ours", "tiny")]
+
+    def mean(values):
+        return sum(values) / 3
+
+    assert row["precision (%)"] == f"{100 * mean(each.precision for each in found):.2f}"
+    error = mean(each.calibration_error for each in found)
+    assert row["calibration error (%)"] == f"{100 * error:.2f}"
+    assert row["epochs"] == "1.0"
+    seconds = mean(run.seconds for run in score.runs.values())
+    assert row["time a run"] == f"{seconds:.1f} s"
+
+
+def test_the_frame_tells_seconds_and_both_accuracies(trained):
+    run, row = trained.score(recipe="ours", model="tiny").runs[1], trained.frame.iloc[4]
+    assert row.seconds == run.seconds
+    assert row["train accuracy (%)"] == 100 * run.rows[0]["train_accuracy"]

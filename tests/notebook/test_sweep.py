@@ -101,7 +101,7 @@ def row(*values, model="mlp", dataset="digits", seconds=2.0):
         ("-p lr 0.1,0.10", "lr=0.1 comes twice"),
         ("-p lr 1e-1,0.1", "lr=0.1 comes twice"),
         ("-p lr 1,1.0", "lr=1.0 comes twice"),
-        ("-p seed 0 --out file", "File exists"),
+        ("-p seed 0 --out file", "file cannot be written"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(
@@ -201,6 +201,13 @@ def test_an_output_is_known_by_its_code_and_all_its_parameters(project, notebook
     assert key() == first
     make_notebook(project, "changed = True")
     assert key() != first
+
+
+def test_another_version_of_the_package_makes_outputs_out_of_date(notebook, monkeypatch):
+    (first,) = sweep.grid(notebook, [("seed", "0")])
+    monkeypatch.setattr(sweep, "__version__", "9.9.9")
+    (job,) = sweep.grid(notebook, [("seed", "0")])
+    assert job.key != first.key
 
 
 def test_what_is_finished_is_told_from_what_is_not(project, notebook):

@@ -305,3 +305,23 @@ def test_the_average_does_not_wait_for_the_device():
     for _ in range(3):
         average.update()
     assert average.n_averaged == 3
+
+
+def test_no_graph_of_a_batch_is_kept():
+    state, logits = make_state(), torch.rand(3, 3, requires_grad=True)
+    state.add(logits.square().mean(), logits, torch.zeros(3).long())
+    assert not any(tensor.requires_grad for tensor in state.uncounted[-1])
+
+
+def test_a_file_of_another_device_is_refused(last):
+    content = torch.load(io.BytesIO(last.read_bytes()[32:]), weights_only=True)
+    write(last, packed(content | {"device": "cuda"}))
+    assert_refused(last, why="was made for .*'cuda'.*, this is .*'cpu'")
+
+
+def test_an_epoch_takes_the_time_of_all_its_parts(monkeypatch):
+    looks, state = iter([12.0, 15.0]), make_state(started=10.0)
+    monkeypatch.setattr("labutils.training.checkpoint.time.perf_counter", lambda: next(looks))
+    state.stop_clock()
+    state.stop_clock()
+    assert (state.epoch_seconds, state.started) == (5.0, 15.0)

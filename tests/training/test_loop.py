@@ -10,7 +10,9 @@ import re
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -904,3 +906,61 @@ def test_bad_arguments_are_named_and_nothing_is_written(data, arguments, wanted)
     with pytest.raises(ValueError, match=wanted):
         train(**{"data": data} | arguments)
     assert not Path(os.environ["LABUTILS_RUNS"]).exists()
+
+
+def test_gradients_that_a_network_brings_along_are_not_learned_from(data):
+    model = make_model().eval()
+    model(torch.ones(4, 1, 6, 6)).square().sum().backward()
+    run = train(data, model=model)
+    assert run.info["weights"] == "seed"
+    assert_same_run(run, train(data, retrain=True))
+
+
+def test_a_network_in_evaluation_mode_is_trained_all_the_same(data):
+    run = train(data, model=make_model().eval())
+    assert_same_run(run, train(data, retrain=True))
+
+
+def test_an_epoch_is_scored_in_the_precision_of_its_training(data, monkeypatch):
+    monkeypatch.setattr(device, "_computes_bf16", lambda device: True)
+    run = train(data, with_changes(precision="bf16"), make_cnn())
+    there, plain = (lab.evaluate(run.model, data.val, precision=p) for p in ("bf16", "float32"))
+    assert there.loss != plain.loss
+    assert run.best("val_loss") == pytest.approx(there.loss, rel=1e-6)
+
+
+def test_an_epoch_has_the_speed_of_its_training_and_the_seconds_of_all_of_it(data, monkeypatch):
+    # A second passes between two looks: one for training, one for scoring.
+    looks = itertools.count(100)
+    clock = SimpleNamespace(perf_counter=lambda: float(next(looks)), monotonic=time.monotonic)
+    for module in (loop, checkpoint):
+        monkeypatch.setattr(module, "time", clock)
+    run = train(data)
+    assert [(row["images_per_second"], row["seconds"]) for row in run.rows] == 3 * [(48.0, 2.0)]
+    assert run.seconds == 6.0
+
+
+def test_a_checkpoint_is_saved_once_in_checkpoint_seconds(data, monkeypatch):
+    # A second passes with every step: after 4, 8 and 12 of them.
+    looks, saved = itertools.count(), []
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: next(looks))
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(checkpoint, "save", lambda *given: saved.append(given[2].batch))
+    train(data, checkpoint_seconds=4)
+    assert saved == [4, 4, 4]
+
+
+def test_the_bar_counts_every_image_and_other_runs_are_not_kept_waiting(data, monkeypatch):
+    counted, locked, lock = [], [], loop.store_lock
+
+    class Counting(watch.Progress):
+        def __init__(self, *given, **settings):
+            super().__init__(*given, **settings)
+            self.step = counted.append
+
+    monkeypatch.setattr(watch, "Progress", Counting)
+    monkeypatch.setattr(loop, "store_lock", lambda key: locked.append(key) or lock(key))
+    run = train(data)
+    assert counted == 3 * [13, 13, 13, 9]
+    assert locked == [run.key]
+    assert run.info["data"]["images"] == {"train": 48, "val": 12, "test": 20}

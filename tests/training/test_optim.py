@@ -293,6 +293,7 @@ def test_muon_equals_its_definition_for_hidden_weights_and_sgd_takes_head_and_ve
 
 
 def test_muon_keeps_the_norm_of_the_weights_it_turns():
+    torch.manual_seed(0)
     model, images = lab.MLP(4, [6, 5], 3), torch.randn(8, 4)
     before = [(p.clone(), p.norm()) for p in model.parameters()]
     muon_after_two_steps(model, images)

@@ -561,6 +561,7 @@ def test_metrics_that_cannot_be_stored_are_returned_all_the_same(run, data, monk
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(cards, "write_json", full)
+    runs.warn.cache_clear()  # what was said once is not said again
     assert run.test(data) == evaluate(run.model, data.test)
     assert "run: its test metrics are not stored" in capsys.readouterr().out
 
@@ -647,7 +648,7 @@ def test_an_error_of_ones_own_file_is_not_one_of_the_store(data, tmp_path):
     with pytest.raises(FileNotFoundError) as caught, runs.store_lock("k"):
         absent.read_text()
     assert caught.value.filename == str(absent)
-    with pytest.raises(ConnectionError, match="^gone"), runs.store_lock("k"):
+    with pytest.raises(ConnectionError, match=r"^gone$"), runs.store_lock("k"):
         raise ConnectionError("gone")
 
 
@@ -660,3 +661,9 @@ def test_a_split_of_ones_own_may_have_statistics_as_tensors(data):
     model = lab.MLP(data.num_features, [4], data.num_classes)
     run = lab.train(model, replace(data, **splits), CONFIG, track=None, progress=False)
     assert run.info["data"]["mean"] == pytest.approx(data.train.mean)
+
+
+def test_an_unfinished_run_is_not_loaded_by_its_name(run):
+    run.path.rename(run.path.with_name(f"{run.path.name}.part"))  # killed before it was renamed
+    with pytest.raises(RunError, match="There is no such run"):
+        load_run(run.name)
