@@ -247,8 +247,10 @@ def layers(table: DataFrame, *, panel: str, hue: str, y: str, title: str) -> Fig
         _curves(axis, rows, "layer, from the input", y, hue, colors)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         sizes = rows.groupby([hue, "layer"])[y].count()
-        _describe(axis, y if axis is axes[0] else "", sizes[sizes > 0], f"{name}   ", BAND)
-    _log_ticks(axes[0].yaxis)
+        sizes = sizes[sizes > 0] if sizes.any() else sizes
+        _describe(axis, y if axis is axes[0] else "", sizes, f"{name}   ", BAND)
+    for axis in axes:  # one scale, but a panel without anything to draw knows no ticks
+        _log_ticks(axis.yaxis)
     return _named(axes[-1], colors)
 
 

@@ -358,6 +358,14 @@ def test_layers_share_a_scale_and_leave_a_gap_where_nothing_arrives(figures):
     assert "1e-9" in [label.get_text() for label in first.get_yticklabels()]
 
 
+def test_layers_where_nothing_arrives_at_all_leave_the_scale_of_the_others():
+    table = results()["layers"]
+    table.loc[table["when"] == "before", "norm"] = 0.0
+    first, second = draw("layers", table).axes
+    assert (first.get_yscale(), second.get_yscale()) == ("log", "log")
+    assert first.get_title(loc="left") == "before   " + f"{plots.BAND}, n = 0"
+
+
 def case(kind):
     """Ten images, five of them taken for something else with growing confidence."""
     images = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
