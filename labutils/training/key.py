@@ -86,11 +86,9 @@ def as_its_spec(model: nn.Module) -> bool:
 
 def _compared(model: nn.Module, seed: int) -> tuple[nn.Module | None, str | None]:
     """The network that its spec builds under a seed, and what in it is not as built there."""
-    kind = type(model)
-    if registry.MODELS.get(kind.__name__) is not kind or not kind.__module__.startswith(
-        "labutils."
-    ):
-        return None, kind.__name__
+    kind, name = type(model), type(model).__name__
+    if registry.MODELS.get(name) is not kind or kind.__module__.partition(".")[0] != "labutils":
+        return None, name
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         fresh = registry.build(model.spec)
