@@ -62,9 +62,8 @@ def run(notebook, profile, given, out, jobs, scheduler) -> int:
 
     names = [name for name, _ in given]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"run: -p {max(names, key=names.count)} comes twice. `sweep` takes several."
-        )
+        twice = max(names, key=names.count)
+        raise ValueError(f"run: -p {twice} comes twice. `sweep` takes several values.")
     values = {name: parameters.from_yaml(text, owner=f"-p {name} {text!r}") for name, text in given}
     full = profile == "full"
     # Only the full profile as it stands makes a report; anything else is an experiment.

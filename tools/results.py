@@ -72,9 +72,8 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         report = f"[{row['exercise']}]({Path(row['report']).name})"
         published = "–" if row["published"] is None else f"{row['published']:g}"
-        verdict = (
-            "reached" if row["target"] and row["mean"] >= row["target"] - 1e-9 else "**missed**"
-        )
+        reached = row["target"] and row["mean"] >= row["target"] - 1e-9
+        verdict = "reached" if reached else "**missed**"
         target = "–" if row["target"] is None else f"{row['target']:g} {verdict}"
         deviation = f" ± {row['std']:.2f}" if row["n"] > 1 else ""
         lines.append(

@@ -257,9 +257,8 @@ def _describe(model, data, config, teacher, name) -> Run:
     spec, weights = identify(model, config.seed)
     info = {"model": spec, "weights": weights, "parameters": num_parameters(model)}
     info["config"] = config.values()
-    info["data"] = {
-        name: getattr(data, name) for name in ("name", "source", "fingerprint", "loaded")
-    }
+    facts = "name", "source", "fingerprint", "loaded"
+    info["data"] = {fact: getattr(data, fact) for fact in facts}
     info["data"]["images"] = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
     # What it takes to use the network on another image, without the data.
     info["data"] |= {"classes": list(data.classes), "shape": list(data.image_shape)}
