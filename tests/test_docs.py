@@ -12,7 +12,7 @@ from labutils.notebook import parameters, sweep
 from labutils.notebook.batch import find_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md")]  # not of a cache of pytest
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 EXAMPLES = [
     pytest.param(example, id=f"{name}-{number}")
