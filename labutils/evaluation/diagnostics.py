@@ -10,18 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..base.settings import first_line
-from ..models.registry import in_mode, training_logits
-
-
-@contextmanager
-def _sizes_fit(owner: str, sizes: str) -> Iterator[None]:
-    """A model that cannot take images of these sizes ends the block with a ValueError."""
-    try:
-        yield
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        problem = f"{sizes} does not fit the model ({first_line(error)})"
-        raise ValueError(f"{owner}: {problem}. Give data.image_shape.") from error
+from ..models.registry import in_mode, takes_images, training_logits
 
 
 @contextmanager
@@ -106,7 +95,8 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
         seen.update(layer.parameters())
 
     device = next((p.device for p in model.parameters()), "cpu")
-    with _sizes_fit("summary", f"input_size = {input_size!r}"):
+    problem = f"summary: input_size = {input_size!r} does not fit the model"
+    with takes_images(problem, "Give data.image_shape."):
         hook = register_module_forward_pre_hook(before)
         with hook, observed(model, after), in_mode(model, training=False), torch.no_grad(), counter:
             output = model(torch.zeros(1, *input_size, device=device))
@@ -125,8 +115,9 @@ def training_flops(
     of the model is frozen, or if it cannot take such images.
     """
     trained = _trained(model, "training_flops")
+    problem = f"training_flops: {input_size = }, {image_sizes = } does not fit the model"
     with (
-        _sizes_fit("training_flops", f"{input_size = }, {image_sizes = }"),
+        takes_images(problem, "Give data.image_shape."),
         torch.enable_grad(),
         FlopCounterMode(display=False) as counter,
     ):

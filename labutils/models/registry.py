@@ -71,6 +71,15 @@ def training_logits(model: nn.Module, images: Tensor) -> Tensor:
         return functional_call(model, statistics, (images,))
 
 
+@contextmanager
+def takes_images(problem: str, remedy: str) -> Iterator[None]:
+    """A model that cannot take the images in this block ends it with a ValueError of both."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(f"{problem} ({first_line(error)}). {remedy}") from error
+
+
 def num_parameters(model: nn.Module) -> int:
     """How many numbers training can change."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -6,11 +6,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..base.settings import TrainConfig, check, first_line
+from ..base.settings import TrainConfig, check
 from ..data.augmentation import require_fit, resize
 from ..data.tensors import ImageData, Split
 from ..evaluation.metrics import predict
-from ..models.registry import num_parameters, training_logits
+from ..models.registry import num_parameters, takes_images, training_logits
 
 
 def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) -> None:
@@ -40,12 +40,10 @@ def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) ->
         problem = f"the model has {outputs} outputs, the data {classes} classes"
         raise ValueError(f"train: {problem}. Build it with num_classes={classes}.")
     if config.batch_size == config.accumulate:
-        try:
+        parts = f"batch_size = {config.batch_size} in {config.accumulate} parts are single images"
+        # Batch normalisation has nothing to compare one with.
+        with takes_images(f"train: {parts}", "Choose a larger batch_size."):
             training_logits(model, split.normalise(images[:1]))
-        except ValueError as error:  # batch normalisation has nothing to compare one image with
-            problem = f"batch_size = {config.batch_size} in {config.accumulate} parts"
-            hint = f"are single images ({first_line(error)}). Choose a larger batch_size"
-            raise ValueError(f"train: {problem} {hint}.") from error
     if config.image_sizes and {*shape[1:]} != {config.image_sizes[-1]}:
         wanted = f"End at the side of the data's images, which have to be square: {shape[1:]}."
         raise ValueError(f"train: image_sizes = {config.image_sizes}. {wanted}")
@@ -57,11 +55,9 @@ def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) ->
 def _outputs(model: nn.Module, split: Split, images: Tensor, remedy: str) -> int:
     """How many outputs the model has for the first images; ValueError if it cannot take them."""
     first = dataclasses.replace(split, images=images, labels=split.labels[: len(images)])
-    try:
+    problem = f"train: the model cannot take images of shape {tuple(images.shape[1:])}"
+    with takes_images(problem, remedy):
         return predict(model, first).shape[1]
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        problem = f"the model cannot take images of shape {tuple(images.shape[1:])}"
-        raise ValueError(f"train: {problem} ({first_line(error)}). {remedy}") from error
 
 
 def stop_reason(rows: list[dict[str, float]], config: TrainConfig) -> str | None:

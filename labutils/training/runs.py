@@ -89,7 +89,7 @@ class Run:
         name = "test_flip" if tta else "test"
         if name in self.scores:
             return self.scores[name]
-        card, found = self.path / "card.json", self._measure(data, name)
+        card, found = _card(self.path), self._measure(data, name)
         self.scores[name] = found
         # An unfinished run goes on in its folder, and its weights will be others.
         if self.path.is_dir() and self.stop_reason != "interrupted":
@@ -130,9 +130,8 @@ class Run:
 
     def _stands(self) -> bool:
         """Whether the weights at its path are its own: a later run may have taken its place."""
-        card = self.path / "card.json" if self.path.is_dir() else self.path
         with suppress(OSError, ValueError, LookupError, TypeError):
-            return cards.read(card)["info"] == self.info and self.weights.exists()
+            return cards.read(_card(self.path))["info"] == self.info and self.weights.exists()
         return False
 
     def __repr__(self) -> str:
@@ -158,7 +157,7 @@ def open_stored(path: Path, model: nn.Module | None = None) -> Run:
     model: what its weights, if it has them, are put into; by default a network as its card says.
     """
     try:
-        card = cards.read(path / "card.json" if path.is_dir() else path)
+        card = cards.read(_card(path))
         columns = card["history"]
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         run = Run(card["name"], card["key"], card["info"], rows, path, stored=True)
@@ -204,6 +203,10 @@ def load_run(name: str) -> Run:
     run = open_stored(stored[fits[0]])
     run.require_model()
     return run
+
+
+def _card(path: Path) -> Path:
+    return path / "card.json" if path.is_dir() else path
 
 
 def _folders(ending: str) -> list[Path]:
