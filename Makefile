@@ -16,15 +16,16 @@ help:
 	@echo 'make store    execute the notebooks in place: refresh their stored outputs'
 	@echo 'make results  rebuild reports/results.json and the tables of both READMEs'
 	@echo 'make verify   test all weights in models/ again, against their cards (needs the data)'
-	@echo 'make bench    print the tables of benchmarks/README.md (an hour; two need real data)'
+	@echo 'make bench    print most tables of benchmarks/README.md (an hour; two need real data)'
 	@echo 'make lint     ruff and the import order'
+	@echo 'make clean    remove .venv, build/ and caches; runs/ stays'
 
 # uv installs the several GB that torch brings in seconds where pip takes minutes; pip brings uv,
 # and steps in where only pip knows the way to a package index.
 .venv/ready: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]' || \
 	  $(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -75,4 +76,4 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv build runs .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf .venv build .pytest_cache .hypothesis .ruff_cache .import_linter_cache *.egg-info

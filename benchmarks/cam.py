@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="turns of every contestant")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     options = parser.parse_args()
+    if options.images < 2 or options.turns < 1:
+        parser.error("--images of 2 or more and --turns of 1 or more are needed")
     device = lab.resolve_device(options.device)
     torch.set_num_threads(1)
     lab.seed_everything(0)
@@ -129,10 +131,11 @@ def main() -> None:
             count = 2 if turn == 0 or method == "scorecam" else len(images)
             found[method, by] = milliseconds(contestant, model, images[:count])
         turns.append(found)
-    widths, machine = "-".join(map(str, WIDTHS)), f"{device_name(device)}, one thread"
+    widths = "-".join(map(str, WIDTHS))
+    clock = "seconds" if device.type == "cuda" else "processor time, one thread"
     print(
-        f"CNN {widths}, {options.images:,} images of {SIDE}x{SIDE}x3; median of {options.turns} "
-        f"turns; {machine}, torch {torch.__version__}\n\n"
+        f"CNN {widths}, {options.images:,} images of {SIDE}x{SIDE}x3; {clock}; median of "
+        f"{options.turns} turns; {device_name(device)}, torch {torch.__version__}\n\n"
         "| method | by | ms an image | × plain CAM |\n|---|---|---|---|"
     )
     for method, by in found:

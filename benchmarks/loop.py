@@ -8,7 +8,7 @@ data set, ToTensor and Normalize, a DataLoader with two workers, .item() in ever
 with Adam at batch 128 on MNIST-shaped noise on the CPU: the MLP 64-64, and a residual MLP of 100
 layers, of which (b) is left out because there the network takes nearly all of the time. The
 contestants take turns, and ratios are formed within a turn, because the speed of a shared machine
-drifts.
+drifts. Validation, set-up and what a run stores are not counted.
 """
 
 from __future__ import annotations
@@ -108,12 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="turns of every contestant")
     repeats = parser.parse_args().repeats
+    if repeats < 1:
+        parser.error("--repeats of 1 or more is needed")
     data = make_data()
     print(
         f"{IMAGES:,} images of 28x28, batch {BATCH}, Adam; median of {repeats} epochs; "
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}\n"
     )
-    print("| network | | images/s | labutils.train is faster by |\n|---|---|---|---|")
+    print("| network | | images/s | speed of labutils.train over this |\n|---|---|---|---|")
     compare("MLP 64-64", make_mlp, list(CONTESTANTS), data, repeats)
     compare("residual, 100 layers", make_deep, ["labutils.train", "bare loop"], data, repeats)
 

@@ -4,7 +4,7 @@
     python benchmarks/mutants.py --only "no skip"    the mutants whose names hold these words
 
 Each mutant is a copy of the checkout with one expression replaced. The notebooks that should care
-run there as `make test` runs them, and the first cell whose output differs is named. What no cell
+run there as `make test` runs them; a mark says that the output of a cell differs. What no notebook
 notices, a unit test has to, and is named. Before all else the copy runs unbroken and must pass.
 """
 
@@ -157,8 +157,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         whole = copy(folder)
         for exercise in exercises:
-            if cell := noticed_by_notebook(whole, exercise):
-                print(f"{exercise} fails unbroken, in {cell}. Mend that first.")
+            if noticed_by_notebook(whole, exercise):
+                print(f"{exercise} fails unbroken. Mend that first.")
                 return 1
         if test := noticed_by_units(whole):
             print(f"{test} fails unbroken. Mend that first.")
@@ -183,26 +183,25 @@ def copy(folder: str, mutant: Mutant | None = None) -> Path:
     if mutant:
         file = path / "labutils" / mutant.file
         source = file.read_text()
-        if source.count(mutant.old) != 1:
-            count = source.count(mutant.old)
+        if (count := source.count(mutant.old)) != 1:
             raise SystemExit(f"{mutant.name}: {mutant.old!r} is {count} times in {mutant.file}")
         file.write_text(source.replace(mutant.old, mutant.new))
     return path
 
 
 def noticed_by_notebook(path: Path, exercise: str) -> str:
-    """The first cell of the exercise's notebook that fails under nbval; '' if none does."""
+    """A mark if a cell of the exercise's notebook fails under nbval, '' if none does."""
     notebook = next((path / "notebooks").glob(f"{exercise}_*.ipynb"))
     output = run_pytest(path, "--nbval", str(notebook.relative_to(path)))
-    failed = re.search(r"FAILED \S+::Cell (\d+)", output)
-    return f"cell {failed[1]}" if failed else ""
+    return "✔" if re.search(r"(?:FAILED|ERROR) \S+::Cell \d+", output) else ""
 
 
 def noticed_by_units(path: Path) -> str:
     """The first test of the library that fails; '' if none does."""
-    others = ("test_docs", "test_mutants", "test_nbval")  # pages, this script, notebooks
+    # Pages, these scripts, notebooks.
+    others = ("test_benchmarks", "test_docs", "test_mutants", "test_nbval")
     output = run_pytest(path, "tests", *(f"--ignore=tests/{name}.py" for name in others))
-    failed = re.search(r"FAILED \S+?/(test_\w+\.py)::(\w+)", output)
+    failed = re.search(r"(?:FAILED|ERROR) \S+?/(test_\w+\.py)::(\w+)", output)
     return f"{failed[1]} {failed[2]}" if failed else ""
 
 
@@ -212,7 +211,7 @@ def run_pytest(path: Path, *arguments: str) -> str:
         "LABUTILS_RUNS": str(path / "runs"),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rf", "--no-header", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rfE", "--no-header", *arguments]
     done = subprocess.run(
         command, cwd=path, env=os.environ | settings, capture_output=True, text=True, check=False
     )

@@ -8,6 +8,7 @@ thread and all threads taking turns. The threshold in labutils/base/device.py co
 
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
@@ -42,6 +43,8 @@ def step_time(inputs: int, hidden: list[int], batch: int, threads: int) -> float
 
 def main() -> None:
     threads = torch.get_num_threads()
+    if threads == 1:
+        sys.exit("torch has one thread here: unset OMP_NUM_THREADS, or take more cores.")
     print(f"{device_name(torch.device('cpu'))}, torch {torch.__version__}\n")
     print(f"| network | batch | multiplications | 1 thread | {threads} threads | ratio |")
     print("|---|---|---|---|---|---|")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import labutils as lab
-from labutils.training import runs
 
 
 def pytest_configure() -> None:
@@ -21,7 +20,7 @@ def folders(tmp_path, monkeypatch):
     """No test reads or writes the project's own data, runs and models, or a W&B account."""
     monkeypatch.setenv("LABUTILS_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("LABUTILS_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(runs, "models_dir", lambda: tmp_path / "models")
+    monkeypatch.setenv("LABUTILS_MODELS", str(tmp_path / "models"))
     for name in ("WANDB_MODE", "WANDB_API_KEY", "JPY_SESSION_NAME"):
         monkeypatch.setenv(name, "")  # so that what a test leaves there is taken away
         monkeypatch.delenv(name)

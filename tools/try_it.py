@@ -59,12 +59,16 @@ def try_all(notebooks: Sequence[Path]) -> bool:
             jobs.append(replace(job, output=output, failed=failed, label=label))
 
     def ended(job: batch.Job, error: str | None, seconds: float) -> None:
-        failures.extend([job] if error else [])
+        if error:
+            failures.append(job)
         print(f"{job.label}\n  {error or batch.outcome(seconds, job.reported() or {})}", flush=True)
 
     return not engine.execute_all(jobs, ended) and not failures
 
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or ["all"]
-    sys.exit(not try_all([path for name in names for path in batch.find_notebooks(name)]))
+    try:
+        paths = [path for name in sys.argv[1:] or ["all"] for path in batch.find_notebooks(name)]
+    except batch.NotebookError as error:
+        sys.exit(str(error))
+    sys.exit(not try_all(paths))
