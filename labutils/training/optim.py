@@ -114,17 +114,21 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     all vectors, at bias_lr; their weight decay, an L2 term, is scaled to lr * weight_decay a step.
     Each group has a `share`: its learning rate as a fraction of the schedule's. With a stage_decay,
     that of a stage is multiplied by it for each stage between it and the head (Howard and Ruder
-    2018, https://arxiv.org/abs/1801.06146). Raises ValueError as hidden_weights does, and for a
-    stage_decay of a network without stages.
+    2018, https://arxiv.org/abs/1801.06146). Raises ValueError for muon without such weights, and
+    for a stage_decay of a network without stages.
     """
     free = [p for p in model.parameters() if p.requires_grad]
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "muon":
-        hidden = hidden_weights(model)
-        head = [p for p in free if p.ndim > 1][len(hidden) :]
-        groups = [{"params": hidden, "hidden": True, "share": 1.0}]
+        weights = [p for p in model.parameters() if p.ndim > 1]
+        hidden = [p for p in weights[:-1] if p.requires_grad]
+        if not hidden:
+            problem = "below its last layer, the model has no weights that require a gradient"
+            raise ValueError(f"train: optimizer = 'muon': {problem}. Choose 'sgd' or 'adamw'.")
+        head = [p for p in weights[-1:] if p.requires_grad]
         vectors = [p for p in free if p.ndim < 2]
+        groups = [{"params": hidden, "hidden": True, "share": 1.0}]
         for params, lr in ((vectors, config.bias_lr), (head, config.head_lr)):
             rest = {"share": lr / config.lr, "weight_decay": config.weight_decay * config.lr / lr}
             groups.append({"params": params, "hidden": False} | rest)
@@ -152,15 +156,6 @@ def _by_stage(model: nn.Module, config: TrainConfig, groups: list[dict]) -> list
             params = [p for p, own in zip(group["params"], of_group) if own == factor]
             split.append(group | {"params": params, "share": factor * group["share"]})
     return split
-
-
-def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """What muon trains: matrices and filters below the last layer. ValueError if there are none."""
-    below_head = [p for p in model.parameters() if p.ndim > 1][:-1]
-    if not (hidden := [p for p in below_head if p.requires_grad]):
-        problem = "below its last layer, the model has no weights that require a gradient"
-        raise ValueError(f"train: optimizer = 'muon': {problem}. Choose 'sgd' or 'adamw'.")
-    return hidden
 
 
 class Muon(torch.optim.SGD):
