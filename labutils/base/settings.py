@@ -79,12 +79,9 @@ def _settings(cls: type) -> type:
 def plain_signature(owner: Callable) -> inspect.Signature:
     """Its signature with plain types: help() would show the bounds as pydantic's objects."""
     signature, plain = inspect.signature(owner), get_type_hints(owner)
-    parameters = signature.parameters.items()
-    return signature.replace(
-        parameters=[
-            each.replace(annotation=plain.get(name, each.annotation)) for name, each in parameters
-        ]
-    )
+    given = signature.parameters.values()
+    shown = [each.replace(annotation=plain.get(each.name, each.annotation)) for each in given]
+    return signature.replace(parameters=shown)
 
 
 @_settings

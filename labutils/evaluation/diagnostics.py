@@ -116,11 +116,8 @@ def training_flops(
     """
     trained = _trained(model, "training_flops")
     problem = f"training_flops: {input_size = }, {image_sizes = } does not fit the model"
-    with (
-        takes_images(problem, "Give data.image_shape."),
-        torch.enable_grad(),
-        FlopCounterMode(display=False) as counter,
-    ):
+    counter = FlopCounterMode(display=False)
+    with takes_images(problem, "Give data.image_shape."), torch.enable_grad(), counter:
         sizes = [(input_size[0], side, side) for side in image_sizes] or [input_size]
         for size in sizes:
             # Of two, since batch norm has nothing to compare one with.

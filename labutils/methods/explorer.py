@@ -63,9 +63,8 @@ class Explorer(widgets.VBox):
         return pixels[0].cpu(), about, found
 
     def _show(self, _=None) -> None:
-        number, file, class_idx, method, layer, strength, x, y = (
-            control.value for control in self.controls.values()
-        )
+        values = [control.value for control in self.controls.values()]
+        number, file, class_idx, method, layer, strength, x, y = values
         self.controls["image"].disabled = bool(file)
         self.controls["layer"].disabled = method == "cam"  # which has no choice
         try:

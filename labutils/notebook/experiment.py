@@ -37,10 +37,9 @@ def start(profile: str) -> None:
     profile: 'quick' or 'full', the notebook's own name for its set of parameters.
     """
     seed_everything(0)
-    print(
-        f"profile {profile} · labutils {__version__} · torch {torch.__version__} · "
-        f"Python {platform.python_version()} · {device_name(resolve_device())}"
-    )
+    versions = f"labutils {__version__} · torch {torch.__version__}"
+    machine = f"Python {platform.python_version()} · {device_name(resolve_device())}"
+    print(f"profile {profile} · {versions} · {machine}")
 
 
 class Experiment:
@@ -174,9 +173,8 @@ class Experiment:
         # A key may have several labels; trained again by the latest, it is stored as that alone.
         stored = {run.key: (run, data) for _, run, data in self._trained.values()}
         if unknown := chosen - stored.keys():
-            raise ValueError(
-                f"publish: weights of {unknown}, which are no runs of this experiment."
-            )
+            problem = f"weights of {unknown}, which are no runs of this experiment"
+            raise ValueError(f"publish: {problem}.")
         for key, (run, data) in stored.items():
             rounded = data if half else None
             exact = f"OMP_NUM_THREADS={run.info['threads']} {command}"  # sums in the same parts
