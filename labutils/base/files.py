@@ -56,6 +56,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write_sealed(path: Path, content: bytes, owner: str = "") -> None:
+    """Write a file atomically, behind the SHA-256 of its owner's name and its content."""
+    with atomic_write(path) as file:
+        file.write(hashlib.sha256(owner.encode() + content).digest())
+        file.write(content)
+
+
+def read_sealed(path: Path, owner: str = "") -> bytes:
+    """What write_sealed wrote for this owner; ValueError if a bit of it is another."""
+    stored = path.read_bytes()
+    seal, content = stored[:32], stored[32:]
+    if hashlib.sha256(owner.encode() + content).digest() != seal:
+        raise ValueError("it was cut short or is damaged")
+    return content
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: indented for people, but a list of numbers on one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False)

@@ -7,7 +7,6 @@ temperature and alpha, share them. With shifts of 2 pixels and flips, all 50 vie
 take 50 passes; a record takes one an epoch, and holds every augmentation.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from ..base import device as machine
-from ..base.files import atomic_write, digest, file_name, runs_dir
+from ..base.files import digest, file_name, read_sealed, runs_dir, write_sealed
 from ..base.settings import TrainConfig, check
 from ..data.tensors import ImageData
 from ..models.registry import in_mode
@@ -79,16 +78,17 @@ class Teacher:
         home = file_name(f"{self.run.key}-{data.name}")  # which may be a path
         path = runs_dir() / ".teachers" / home / f"{digest(views)}.f16"
         owner = f"{self._weights} {data.fingerprint}"
-        shown = min(len(data.train), data.train.num_batches(batch_size) * batch_size)
-        shape = shown, data.num_classes
         with store_lock(f"{path.parent.name}-{path.stem}"):  # another student may be waiting for it
-            logits = _read(path, owner, shape)
-            if logits is None:
-                logits = self._answer(data, config, epoch, batch_size)
-                with atomic_write(path) as file:
-                    answers = logits.numpy().tobytes()
-                    file.write(_sealed(owner, answers) + answers)
-        logits = logits.to(data.train.images.device).float()
+            try:
+                answers = read_sealed(path, owner) if path.exists() else b""
+            except ValueError:
+                problem, answers = "is damaged, or of another teacher or other data", b""
+                warn(f"{home}: what the teacher said {problem}. It is asked again.")
+            if not answers:
+                answers = self._answer(data, config, epoch, batch_size).numpy().tobytes()
+                write_sealed(path, answers, owner)
+        logits = torch.frombuffer(bytearray(answers), dtype=torch.float16)
+        logits = logits.view(-1, data.num_classes).to(data.train.images.device).float()
         return logits[:, self.classes] if self.classes else logits
 
     @torch.inference_mode()
@@ -107,21 +107,3 @@ class Teacher:
             problem = f"the logits of the teacher {self.run.name} are not finite in float16"
             raise ValueError(f"train: {problem}. Take another teacher.")
         return logits
-
-
-def _sealed(owner: str, answers: bytes) -> bytes:
-    """What tells that these answers are whole, and whose: 32 bytes in front of them."""
-    return hashlib.sha256(owner.encode() + answers).digest()
-
-
-def _read(path, owner: str, shape: tuple[int, int]) -> Tensor | None:
-    """The recorded logits, float16; None if there are none or, after a warning, unfit ones."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    if content[:32] == _sealed(owner, content[32:]):
-        return torch.from_numpy(np.frombuffer(content, np.float16, offset=32).copy()).view(shape)
-    problem = "is damaged, or of another teacher or other data"
-    warn(f"{path.parent.name}: what the teacher said {problem}. It is asked again.")
-    return None

@@ -1,7 +1,6 @@
 """What a training has to remember to go on with the same bits after it was killed."""
 
 import copy
-import hashlib
 import io
 import time
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..base.files import atomic_write
+from ..base.files import read_sealed, write_sealed
 from ..base.settings import first_line
 from .runs import RunError
 
@@ -105,19 +104,14 @@ def save(path: Path, key: str, state: TrainingState, device: torch.device) -> No
     # Writing straight to a file, torch reports a full disk as a RuntimeError about positions.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with atomic_write(path) as file:
-        # torch.load alone overlooks every second flipped bit.
-        file.write(hashlib.sha256(buffer.getbuffer()).digest())
-        file.write(buffer.getbuffer())
+    write_sealed(path, buffer.getvalue())  # torch.load alone overlooks every second flipped bit
 
 
 def load(path: Path, key: str, state: TrainingState, device: torch.device) -> None:
     """Read what `save` wrote. RunError: damaged, or of another run, model, device, precision."""
     try:
-        stored = path.read_bytes()
-        if hashlib.sha256(stored[32:]).digest() != stored[:32]:
-            raise ValueError("it was cut short or is damaged")
-        content = torch.load(io.BytesIO(stored[32:]), map_location=device, weights_only=True)
+        stored = io.BytesIO(read_sealed(path))
+        content = torch.load(stored, map_location=device, weights_only=True)
         wanted = {"key": key, "device": device.type, "precision": state.precision}
         if (made := {name: content[name] for name in wanted}) != wanted:
             raise ValueError(f"it was made for {made}, this is {wanted}")
