@@ -8,12 +8,11 @@ take 50 passes; a record takes one an epoch, and holds every augmentation.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from pydantic import InstanceOf
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base import device as machine
 from ..base.files import digest, file_name, read_sealed, runs_dir, write_sealed
@@ -25,7 +24,6 @@ from ..training.runs import Run, store_lock
 from ..training.watch import warn
 
 
-@dataclass(frozen=True, eq=False)
 class Teacher:
     """A finished run that teaches. Raises RunError where only its card is published.
 
@@ -34,26 +32,18 @@ class Teacher:
     Its answers are kept as float16 in the folder of runs, one small file for an epoch and a seed.
     """
 
-    run: Run
-    classes: Sequence[int] = ()
-    _model: nn.Module = field(init=False, repr=False)
-    _weights: str = field(init=False, repr=False)  # a run that was trained anew may have others
-
-    def __post_init__(self) -> None:
-        check("Teacher", {"run": InstanceOf[Run]}, {"run": self.run})
-        object.__setattr__(self, "_model", self.run.network())
-        object.__setattr__(self, "_weights", weights_digest(self._model.state_dict()))
-        count = len(self.run.info["data"]["classes"])
-        classes = np.asarray(self.classes).tolist()  # of NumPy's numbers too
-        check("Teacher", {"classes": list[int]}, {"classes": classes})
+    def __init__(self, run: Run, classes: Sequence[int] = ()) -> None:
+        classes = np.asarray(classes).tolist()  # of NumPy's numbers too
+        given = {"run": run, "classes": classes}
+        check("Teacher", {"run": InstanceOf[Run], "classes": list[int]}, given)
+        self.run, self.classes, self._model = run, classes, run.network()
+        # By these its records are known: a run that was trained anew may have others.
+        self._weights = weights_digest(self._model.state_dict())
+        count = len(run.info["data"]["classes"])
         if classes and sorted(classes) != [*range(count)]:
             allowed = f"Give each of 0 to {count - 1} once, or none."
             raise ValueError(f"Teacher: classes = {classes}. {allowed}")
-        object.__setattr__(self, "classes", classes)
-
-    @property
-    def key(self) -> str:
-        return " ".join([self.run.key, *map(str, self.classes)])
+        self.key = " ".join([run.key, *map(str, classes)])
 
     def require_fit(self, data: ImageData) -> None:
         """Raise ValueError unless it was trained on such classes and images."""
