@@ -19,9 +19,9 @@ from ..data.tensors import ImageData, Split
 from ..models import registry
 from ..models.convnets import ConvNet
 from ..models.registry import in_mode
-from ..training.cards import RunError, load_weights, save_weights
+from ..training.cards import RunError, save_weights
 from ..training.key import as_its_spec, remember_origin, weights_digest
-from ..training.runs import Run
+from ..training.runs import Run, open_stored
 
 _KINDS = {"model": InstanceOf[ConvNet]}
 _FEATURES = {"split": InstanceOf[Split], "grid": PositiveInt, "batch_size": PositiveInt} | _KINDS
@@ -95,8 +95,8 @@ def swap_head(source: Run | ConvNet, num_classes: int) -> ConvNet:
 
     The head is the one of a network built under the current seed. What trains on from a run is
     found again by that run's key, as long as its weights are not changed before.
-    Raises RunError for a run that is unfinished or whose weights are not stored, ValueError for a
-    network that no spec builds or whose tensors are not those of its spec.
+    Raises RunError for a run that is unfinished, not stored with its weights, or of a network of
+    your own; ValueError for a network that no spec builds or whose tensors are not of its spec.
     """
     trained = _trained(source)
     network = registry.build(trained.spec | {"num_classes": num_classes})
@@ -167,9 +167,4 @@ def _trained(source: Run | ConvNet) -> ConvNet:
     if source.stop_reason == "interrupted":
         raise RunError(f"{source.name} is interrupted. Train it to the end, then start from it.")
     source.require_model()
-    if not source.weights.exists():
-        raise RunError(f"{source.name}: no weights at {source.path}. Train it with retrain=True.")
-    with torch.random.fork_rng(devices=()):
-        network = registry.build(source.info["model"])
-    load_weights(network, source.weights)
-    return network
+    return open_stored(source.path).require_model()

@@ -310,7 +310,7 @@ def test_a_run_without_weights_or_an_end_cannot_be_started_from(source):
         lab.swap_head(source, 3)
     source.model = model
     shutil.rmtree(source.path)
-    with pytest.raises(RunError, match=r"no weights at .* retrain=True"):
+    with pytest.raises(RunError, match=r"FileNotFoundError: .* retrain=True"):
         lab.swap_head(source, 3)
     source.info["stop_reason"] = "interrupted"
     with pytest.raises(RunError, match="Train it to the end"):
