@@ -7,15 +7,11 @@ import click
 
 from .base.files import data_dir, project_dir
 
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+FULL = "full: real data, and the parameters of notebooks/full/."
 SHARED = [  # by the commands that execute notebooks
     click.Argument(["notebook"]),
-    click.Option(
-        ["--profile"],
-        type=click.Choice(["quick", "full"]),
-        default="quick",
-        show_default=True,
-        help="full: real data, and the parameters of notebooks/full/.",
-    ),
+    click.Option(["--profile"], type=click.Choice(["quick", "full"]), default="quick", help=FULL),
     click.Option(["--out"], type=click.Path(path_type=Path), help="Folder for what comes out."),
     click.Option(["--scheduler"], metavar="ADDRESS", help="Of a Dask cluster that runs."),
 ]
@@ -39,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings=HELP)
 def commands() -> None:
     """Run notebooks, look after data, explain an image."""
 
@@ -95,7 +91,7 @@ def run(notebook, profile, given, out, jobs, scheduler) -> int:
 @click.option(
     "-p", "axes", nargs=2, multiple=True, required=True, metavar="NAME VALUES", help="An axis."
 )
-@click.option("--jobs", type=click.IntRange(1), default=1, help="Notebooks at a time; default: 1.")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Notebooks at a time.")
 def sweep(notebook, profile, axes, out, jobs, scheduler) -> int:
     """Execute NOTEBOOK once for each combination of values, and print a table of the scores.
 
@@ -143,12 +139,9 @@ def data(names) -> None:
 @commands.command()
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
-    "--model",
-    default="1.3_cnn_seed0",
-    show_default=True,
-    help="Name of a finished run, NAME of a file models/NAME-KEY.safetensors, say.",
+    "--model", default="1.3_cnn_seed0", help="A finished run: NAME of models/NAME-KEY.safetensors."
 )
-@click.option("--method", default="cam", show_default=True, help="Or gradcam, layercam, ...")
+@click.option("--method", default="cam", help="Or gradcam, layercam, ...")
 @click.option("--layer", help="Where to look, for other methods than cam; default: the last stage.")
 @click.option("--class", "class_name", help="Whose evidence to show; default: the predicted one's.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: IMAGE-cam.png, here.")
