@@ -1,6 +1,5 @@
 """Notebooks without a person: execute one through papermill, read what it reports."""
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +9,8 @@ from typing import Any
 import nbformat
 
 from ..base.files import atomic_write, project_dir
-from ..base.settings import first_line
 from . import parameters
-
-
-class NotebookError(RuntimeError):
-    """A notebook does not exist, cannot be read, or a cell of it failed."""
+from .parameters import NotebookError, read
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,17 +71,6 @@ def prepare(notebook: Path, folder: Path, given: Mapping[str, Any]) -> Job:
     values = parameters.check(given, known, owner=f"run: {notebook.stem}")
     failed = project_dir() / "build" / "failed" / name
     return Job(notebook, values, folder.resolve() / name, failed, notebook.stem)
-
-
-def read(path: Path) -> nbformat.NotebookNode:
-    """A notebook from its file. Raises NotebookError naming it if it is damaged."""
-    try:
-        notebook = nbformat.from_dict(json.loads(path.read_bytes()))
-        nbformat.validate(notebook)
-        return notebook
-    except Exception as error:  # JSON that is no notebook fails in many ways
-        reason = f"{path} is no notebook ({first_line(error)}). Delete it, or execute it again."
-        raise NotebookError(reason) from None
 
 
 def require_writable(*folders: Path) -> None:

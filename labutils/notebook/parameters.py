@@ -17,6 +17,10 @@ from pydantic import Field
 from ..base import settings
 
 
+class NotebookError(RuntimeError):
+    """A notebook does not exist, cannot be read, or a cell of it failed."""
+
+
 def from_yaml(text: str, *, owner: str) -> Any:
     """The value that a text stands for. Raises ValueError naming its owner if it is no YAML."""
     with suppress(ValueError):
@@ -29,18 +33,22 @@ def from_yaml(text: str, *, owner: str) -> Any:
 
 
 def of_notebook(path: Path) -> dict[str, Any]:
-    """Names and literals, else None, of the cell tagged `parameters`.
-
-    Raises ValueError without one, and for a file that is no notebook.
-    """
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except Exception as error:  # JSON that is no notebook fails in many ways
-        raise ValueError(f"{path} is no notebook ({settings.first_line(error)}).") from None
-    for cell in notebook.cells:
+    """Names and literals, else None, of the cell tagged `parameters`; ValueError without one."""
+    for cell in read(path).cells:
         if "parameters" in cell.metadata.get("tags", []):
             return _assigned(cell.source)
     raise ValueError(f"{path.name} has no cell tagged 'parameters'. Tag the one that sets them.")
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """A notebook from its file. Raises NotebookError naming it if it is damaged."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        return notebook
+    except Exception as error:  # JSON that is no notebook fails in many ways
+        reason = f"{path} is no notebook ({settings.first_line(error)})"
+        raise NotebookError(f"{reason}. Restore it, or execute it again.") from None
 
 
 def check(values: Mapping[str, Any], defaults: Mapping[str, Any], *, owner: str) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_a_notebook_that_names_no_kernel_runs_in_this_python(make_notebook, proj
     nbformat.write(notebook, path)
     job = batch.prepare(path, project / "build", {"epochs": 2})
     batch.execute(job)
-    assert batch.read(job.output).cells[-1].outputs[0].text == ["2\n"]
+    assert batch.read(job.output).cells[-1].outputs[0].text == "2\n"
 
 
 def test_notebooks_are_found_by_number_name_and_all(make_notebook):
@@ -156,7 +156,7 @@ def test_a_missing_full_profile_or_parameters_cell_is_named(make_notebook, proje
     with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
         batch.prepare(path, path.parent, {})
     path.write_text('{"a":')
-    with pytest.raises(ValueError, match=rf"^{path} is no notebook"):
+    with pytest.raises(batch.NotebookError, match=rf"^{path} is no notebook"):
         batch.prepare(path, path.parent, {})
 
 
