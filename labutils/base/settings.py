@@ -86,10 +86,7 @@ def plain_signature(owner: Callable) -> inspect.Signature:
 
 @_settings
 class Augment:
-    """Changes of training images, in this order, drawn anew for each in every epoch.
-
-    Flips that alternate are drawn once.
-    """
+    """Changes of training images, in this order, drawn anew for each in every epoch."""
 
     crop: Pixels = 0  # whole pixels, either way, on both axes; the border is mirrored
     flip: Literal["none", "random", "alternating"] = "none"  # left and right; see Split.shuffled
