@@ -24,18 +24,14 @@ from ..training.key import as_its_spec, remember_origin, weights_digest
 from ..training.runs import Run, open_stored
 
 _KINDS = {"model": InstanceOf[ConvNet]}
-_FEATURES = {"split": InstanceOf[Split], "grid": PositiveInt, "batch_size": PositiveInt} | _KINDS
+_FEATURES = {"split": InstanceOf[Split], "grid": PositiveInt} | _KINDS
 _BUDGET = {"data": InstanceOf[ImageData], "share": float, "seed": Seed}
 _KEPT = 4e9  # bytes of features, beside the runs
+_AT_ONCE = 256  # images
 
 
 def features(
-    model: ConvNet,
-    split: Split,
-    stages: Sequence[str] | None = None,
-    *,
-    grid: int = 1,
-    batch_size: int = 256,
+    model: ConvNet, split: Split, stages: Sequence[str] | None = None, *, grid: int = 1
 ) -> dict[str, Tensor]:
     """What stages make of the images of a split, from one pass through the network.
 
@@ -45,15 +41,14 @@ def features(
         by weights and pixels, and the oldest go when all take more than 4 GB. Raises ValueError for
         an unknown stage, a grid below 1 or an empty split.
     """
-    given = {"model": model, "split": split, "grid": grid, "batch_size": batch_size}
-    check("features", _FEATURES, given)
+    check("features", _FEATURES, {"model": model, "split": split, "grid": grid})
     wanted = [*model.stages] if stages is None else stages
     wanted = wanted if isinstance(wanted, str) else [*wanted]
     check("features", {"stages": list[Literal[*model.stages, "pool"]]}, {"stages": wanted})
     if not len(split):
         raise ValueError("features: the split is empty. Give one with at least one image.")
     if not as_its_spec(model):  # nothing tells what a part of your own computes
-        return _features(model, split, wanted, grid, batch_size)
+        return _features(model, split, wanted, grid)
     seen = {"images": split.images, "statistics": torch.tensor([split.mean, split.std])}
     content = [weights_digest(model.state_dict() | seen), str(model), wanted, grid]
     path = runs_dir() / ".features" / f"{digest(content)}.safetensors"
@@ -61,7 +56,7 @@ def features(
         kept = st.load(path.read_bytes())
         return {name: kept[name] for name in wanted}
     except (FileNotFoundError, SafetensorError):  # or cut short
-        found = _features(model, split, wanted, grid, batch_size)
+        found = _features(model, split, wanted, grid)
     with contextlib.suppress(OSError):  # a full disk, say: what was asked for is here
         save_weights(path, found)
         _forget_the_oldest(path)
@@ -76,10 +71,10 @@ def _forget_the_oldest(latest: Path) -> None:
             file.unlink()
 
 
-def _features(model, split, wanted: list[str], grid: int, batch_size: int) -> dict[str, Tensor]:
+def _features(model, split, wanted: list[str], grid: int) -> dict[str, Tensor]:
     device, found = next(model.parameters()).device, {name: [] for name in wanted}
     with in_mode(model, training=False), torch.inference_mode():
-        for images, _ in split.batches(batch_size):
+        for images, _ in split.batches(_AT_ONCE):
             maps = images.to(device)
             for name, part in [*model.stages.items(), ("pool", model.pool)]:
                 maps = part(maps)

@@ -62,7 +62,7 @@ def test_features_are_kept_by_weights_and_pixels(data, monkeypatch, tmp_path):
         return lab.features(model, split, **options)
 
     first = asked()
-    again = asked(batch_size=3)
+    again = asked()
     assert not passes
     for found in (first, again):  # just computed or read: a network can be trained on both
         torch.nn.Linear(found["stage1"].shape[1], 2)(found["stage1"]).sum().backward()
@@ -130,9 +130,10 @@ def test_features_that_cannot_be_kept_are_returned_all_the_same(data, monkeypatc
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_features_are_pooled_outputs_of_the_stages(kind, data):
+def test_features_are_pooled_outputs_of_the_stages(kind, data, monkeypatch):
+    monkeypatch.setattr(transfer, "_AT_ONCE", 7)
     model = NETWORKS[kind]().train()
-    found = lab.features(model, data.test, grid=2, batch_size=7)
+    found = lab.features(model, data.test, grid=2)
     assert list(found) == list(model.stages)
     assert all(module.training for module in model.modules())
     model.eval()
@@ -273,7 +274,7 @@ def test_bad_requests_name_what_is_there(source, data):
         lab.features(model, data.test, ["stage3"])
     with pytest.raises(ValueError, match=r"^features: stages = 'stage1'\..* list"):
         lab.features(model, data.test, "stage1")
-    for name, value in {"grid": 0, "batch_size": 0, "split": data.test.images}.items():
+    for name, value in {"grid": 0, "split": data.test.images}.items():
         given = {"split": data.test, name: value}
         with pytest.raises(ValueError, match=rf"^features: {name} = "):
             lab.features(model, **given)
