@@ -17,18 +17,14 @@ FORMAT = 1  # raised when a change makes stored runs mean something else
 
 
 def run_key(
-    config: TrainConfig,
-    spec: dict[str, Any],
-    weights: str,
-    fingerprint: str,
-    teacher: str | None = None,
+    config: TrainConfig, spec: dict[str, Any], weights: str, fingerprint: str, teacher: str = ""
 ) -> str:
     """Equal keys compute the same. spec, weights: from identify. fingerprint: of the data.
 
     teacher: its key; without one, keys are what they were before there were teachers.
     """
     parts = [FORMAT, config.changes(), spec, weights, fingerprint]
-    return digest(parts if teacher is None else [*parts, teacher])
+    return digest([*parts, teacher] if teacher else parts)
 
 
 def recorded_key(info: dict[str, Any]) -> str:
@@ -36,7 +32,7 @@ def recorded_key(info: dict[str, Any]) -> str:
     augment = Augment(**_known(Augment, info["config"].get("augment", {})))
     config = TrainConfig(**_known(TrainConfig, info["config"]) | {"augment": augment})
     fingerprint = info["data"]["fingerprint"]
-    weights, teacher = info.get("weights", "seed"), info.get("teacher")
+    weights, teacher = info.get("weights", "seed"), info.get("teacher", "")
     return run_key(config, info["model"], weights, fingerprint, teacher)
 
 

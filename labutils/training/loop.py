@@ -267,5 +267,5 @@ def _describe(model, data, config, teacher, name) -> Run:
     info |= {"torch": torch.__version__, "python": platform.python_version()}
     if teacher is not None:
         info["teacher"] = teacher.key
-    key = run_key(config, spec, weights, data.fingerprint, info.get("teacher"))
+    key = run_key(config, spec, weights, data.fingerprint, info.get("teacher", ""))
     return Run(name, key, info, rows=[], path=runs_dir(), model=model)
