@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import joblib
@@ -55,26 +55,21 @@ def execute_all(
     at_once = min(at_once or joblib.cpu_count(), len(jobs))
     logging.getLogger("distributed").setLevel(logging.CRITICAL + 1)  # we say what matters
     shares = [] if scheduler else machine_shares(at_once)
-    with (
-        signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop,
-        nullcontext(scheduler)
-        if scheduler
-        else LocalCluster(n_workers=at_once, **LOCAL) as cluster,
-        Client(cluster, timeout=10) as client,
-    ):
+    with ExitStack() as stack:
+        stop = stack.enter_context(signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        cluster = scheduler or stack.enter_context(LocalCluster(n_workers=at_once, **LOCAL))
+        client = stack.enter_context(Client(cluster, timeout=10))
         futures = client.map(_execute_apart, jobs, shares=shares, pure=False, retries=RETRIES)
         waiting = dict(zip(futures, jobs))
-        try:
-            while waiting and not stop:
-                time.sleep(0.1)
-                for future in [future for future in waiting if future.done()]:
-                    try:
-                        error, seconds = future.result()
-                    except Exception as failure:  # killed too often, or Dask is gone
-                        error, seconds = first_line(failure), 0.0
-                    ended(waiting.pop(future), error, seconds)
-        finally:
-            client.cancel(list(waiting))
+        stack.callback(lambda: client.cancel(list(waiting)))
+        while waiting and not stop:
+            time.sleep(0.1)
+            for future in [future for future in waiting if future.done()]:
+                try:
+                    error, seconds = future.result()
+                except Exception as failure:  # killed too often, or Dask is gone
+                    error, seconds = first_line(failure), 0.0
+                ended(waiting.pop(future), error, seconds)
     return 128 + stop[0] if stop else 0
 
 
