@@ -44,9 +44,7 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
         named = {name for split in found for name in find_classes(root / split)[0]}
         classes = sorted(name for name in named if not name.startswith("."))
         numbers = {name: number for number, name in enumerate(classes)}
-        trees = {
-            split: make_dataset(root / split, numbers, is_valid_file=is_image) for split in found
-        }
+        trees = {s: make_dataset(root / s, numbers, is_valid_file=is_image) for s in found}
     except FileNotFoundError as error:
         needed = f"Each class needs an image ({', '.join(SUFFIXES)}) in each of {', '.join(found)}"
         raise DataError(f"load_data: {root}: {str(error).rstrip('.')}. {needed}.") from error

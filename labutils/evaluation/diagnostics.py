@@ -62,11 +62,9 @@ def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataF
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
         values = output.float()
-        rows[name] = {
-            "kind": type(layer).__name__,
-            "rms": float(values.square().mean().sqrt()),
-            "spread": float(values.var(dim=0, correction=0).mean().sqrt()),
-        }
+        rms = values.square().mean().sqrt()
+        spread = values.var(dim=0, correction=0).mean().sqrt()
+        rows[name] = {"kind": type(layer).__name__, "rms": float(rms), "spread": float(spread)}
 
     with torch.no_grad(), observed(model, after):
         training_logits(model, batch[0])

@@ -1,7 +1,5 @@
 """How good a classifier is on a split: one pass over the images, then torchmetrics."""
 
-from __future__ import annotations
-
 import base64
 from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Any
@@ -138,7 +136,7 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Me
     )
 
 
-def calibration_bins(logits: Tensor, labels: Tensor) -> pd.DataFrame:
+def calibration_bins(logits: Tensor, labels: Tensor) -> "pd.DataFrame":
     """Images sorted into 15 equal bins by confidence (Guo 2017, https://arxiv.org/abs/1706.04599).
 
     logits: float [n, num_classes]. labels: int64 [n].

@@ -157,10 +157,9 @@ def fill_from_neighbours(images: Tensor, gone: Tensor) -> Tensor:
         warnings.simplefilter("ignore", DeprecationWarning)  # it hands tensors to NumPy
         torch.manual_seed(0)
         for image, missing in zip(images.cpu(), gone[:, 0].cpu()):
-            if missing.all():  # no neighbour knows anything
-                filled.append(torch.zeros_like(image))
-            else:
-                filled.append(impute(image, (~missing).float()) if missing.any() else image)
+            # Where all is missing, no neighbour knows anything.
+            some = missing.any() and not missing.all()
+            filled.append(impute(image, (~missing).float()) if some else image * ~missing)
     return torch.stack(filled).to(images.device)
 
 

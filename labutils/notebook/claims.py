@@ -25,7 +25,7 @@ from ..training.runs import Run
 MEDIA_TYPE = "application/vnd.labutils+json"
 ByModel = Mapping[str, float]  # accuracies in percent
 NONE: ByModel = {}
-_MEASURED = [name for name, kind in Metrics.__annotations__.items() if kind == "float"]
+_MEASURED = [name for name, kind in Metrics.__annotations__.items() if kind is float]
 _MEASURED += ["train_loss", "train_accuracy", "val_loss", "val_accuracy", "epochs", "seconds"]
 MARKS = {"holds": "✔", "fails": "✘", "not settled": "?"}
 
@@ -189,8 +189,7 @@ class Claims:
             cells = [f"<td style='text-align:left'>{html.escape(text)}</td>" for text in texts]
             table += f"<tr>{''.join(cells)}</tr>"
         reported = {"exercise": self.exercise, "headline": self.headline}
-        for name in ("rows", "headline_rows"):
-            reported[name] = list(getattr(self, name).values())
+        reported |= {"rows": [*self.rows.values()], "headline_rows": [*self.headline_rows.values()]}
         plain = "\n".join(lines) or "no new claim"
         return {"text/plain": plain, "text/html": f"{table}</table>", MEDIA_TYPE: reported}
 

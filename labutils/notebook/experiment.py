@@ -156,9 +156,8 @@ class Experiment:
                 row[heading] = f"{score.values(what).mean():.{digits}f}"
             row["time a run"] = f"{score.values('seconds').mean():.1f} s"
             rows[recipe, model] = row
-        table = pd.DataFrame.from_dict(rows, orient="index")
-        table.index = pd.MultiIndex.from_tuples(rows, names=["recipe", "model"])
-        return table
+        index = pd.MultiIndex.from_tuples(rows, names=["recipe", "model"])
+        return pd.DataFrame(rows.values(), index=index)
 
     def publish(self, *, weights: Iterable[Run], figures: Mapping[str, Figure], half=False) -> None:
         """Copy all runs into models/ and figures into images/, if the experiment publishes.
@@ -176,9 +175,8 @@ class Experiment:
             problem = f"weights of {unknown}, which are no runs of this experiment"
             raise ValueError(f"publish: {problem}.")
         for key, (run, data) in stored.items():
-            rounded = data if half else None
             exact = f"OMP_NUM_THREADS={run.info['threads']} {command}"  # sums in the same parts
-            publish(run, weights=key in chosen, command=exact, half=rounded)
+            publish(run, weights=key in chosen, command=exact, half=data if half else None)
         for name, figure in figures.items():
             with atomic_write(images_dir() / f"{name}.png") as file:
                 # Without the software's version, so that the same figure is the same file.
