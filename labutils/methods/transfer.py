@@ -10,7 +10,7 @@ import safetensors.torch as st
 import torch
 from pydantic import InstanceOf
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base.files import digest, runs_dir
@@ -93,7 +93,12 @@ def swap_head(source: Run | ConvNet, num_classes: int) -> ConvNet:
     Raises RunError for a run that is unfinished, not stored with its weights, or of a network of
     your own; ValueError for a network that no spec builds or whose tensors are not of its spec.
     """
-    trained = _trained(source)
+    trained = _trained(source) if isinstance(source, Run) else source
+    if not (isinstance(trained, ConvNet) and hasattr(trained, "spec")):
+        kind = type(trained).__name__
+        raise ValueError(
+            f"swap_head: source is {kind}. Give a ConvNet of labutils, or a run of one."
+        )
     network = registry.build(trained.spec | {"num_classes": num_classes})
     head = {name: t for name, t in network.state_dict().items() if name.startswith("head.")}
     try:
@@ -106,7 +111,7 @@ def swap_head(source: Run | ConvNet, num_classes: int) -> ConvNet:
     return network
 
 
-def start_from(run: Run) -> ConvNet:
+def start_from(run: Run) -> nn.Module:
     """The network of a run with all its weights, nothing frozen: to train on from it.
 
     The run that does so is found again by the key of this one. Raises RunError as swap_head does.
@@ -152,14 +157,9 @@ def freeze(model: ConvNet, *, up_to: str) -> ConvNet:
             return model.train(model.training)
 
 
-def _trained(source: Run | ConvNet) -> ConvNet:
-    """The network that is given; of a run a new one, with the weights that are stored."""
-    if not isinstance(source, Run):
-        if not (isinstance(source, ConvNet) and hasattr(source, "spec")):
-            kind = type(source).__name__
-            raise ValueError(f"swap_head: source is {kind}. Give a run or a ConvNet of labutils.")
-        return source
-    if source.stop_reason == "interrupted":
-        raise RunError(f"{source.name} is interrupted. Train it to the end, then start from it.")
-    source.require_model()
-    return open_stored(source.path).require_model()
+def _trained(run: Run) -> nn.Module:
+    """A new network with the weights that are stored."""
+    if run.stop_reason == "interrupted":
+        raise RunError(f"{run.name} is interrupted. Train it to the end, then start from it.")
+    run.require_model()
+    return open_stored(run.path).require_model()

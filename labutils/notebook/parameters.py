@@ -65,7 +65,10 @@ def _assigned(source: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with suppress(SyntaxError):
         for statement in ast.parse(source).body:
-            for target in statement.targets if isinstance(statement, ast.Assign) else []:
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            if isinstance(statement, ast.AnnAssign) and statement.value:
+                targets = [statement.target]
+            for target in targets:
                 if isinstance(target, ast.Name):
                     found[target.id] = None
                     with suppress(ValueError):

@@ -268,6 +268,14 @@ def test_equal_seeds_give_equal_bits_also_after_a_kill(data):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_run_of_a_network_without_a_head_to_swap_is_refused(data):
+    config = lab.TrainConfig(epochs=1, batch_size=16)
+    run = lab.train(lab.MLP(data.num_features, [5], data.num_classes), data, config)
+    with pytest.raises(ValueError, match=r"^swap_head: source is MLP"):
+        lab.swap_head(run, data.num_classes)  # whose head would not be a new one
+    assert lab.start_from(run)[1].weight.equal(run.network()[1].weight)  # which needs no head
+
+
 def test_bad_requests_name_what_is_there(source, data):
     model = NETWORKS["CNN"]()
     with pytest.raises(ValueError, match=r"stages\[0\] = 'stage3'.* 'stage2' or 'pool'"):

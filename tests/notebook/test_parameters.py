@@ -141,3 +141,8 @@ def test_the_cell_gives_names_and_literals(tmp_path):
     write_notebook(tmp_path / "a.ipynb", 'a = 3  # why\nb, c = 1, 2\nd = e = [1, "x"]\nf = 2 * a')
     known = parameters.of_notebook(tmp_path / "a.ipynb")
     assert known == {"a": 3, "d": [1, "x"], "e": [1, "x"], "f": None}
+
+
+def test_an_annotated_parameter_is_one(tmp_path):
+    write_notebook(tmp_path / "a.ipynb", "a: int = 3\nb: list[float] = [0.5]\nc: str")
+    assert parameters.of_notebook(tmp_path / "a.ipynb") == {"a": 3, "b": [0.5]}
