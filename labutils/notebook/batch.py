@@ -1,12 +1,15 @@
 """Notebooks without a person: execute one through papermill, read what it reports."""
 
+import io
 import tempfile
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from PIL import Image
 
 from ..base.files import atomic_write, project_dir
 from . import parameters
@@ -119,7 +122,7 @@ def execute(job: Job) -> None:
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Drop what differs from run to run or names this machine: paths, times, widget state."""
+    """Drop what differs from run to run or names this machine, and what makes pages large."""
     for part in (notebook, *notebook.cells):
         for name in ("papermill", "widgets", "execution", "collapsed", "scrolled"):
             part.metadata.pop(name, None)
@@ -127,6 +130,16 @@ def clean(notebook: nbformat.NotebookNode) -> None:
             del part.metadata["tags"]
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
+        for output in cell.get("outputs", []):
+            _shrink(output.get("data", {}))
+
+
+def _shrink(data: dict[str, Any]) -> None:
+    """Store a large picture as JPEG, a third of its PNG: GitHub is slow to show large notebooks."""
+    if len(data.get("image/png", "")) > 2**17:
+        picture, jpeg = Image.open(io.BytesIO(b64decode(data.pop("image/png")))), io.BytesIO()
+        picture.convert("RGB").save(jpeg, "jpeg", quality=90, subsampling=0)
+        data["image/jpeg"] = b64encode(jpeg.getvalue()).decode()
 
 
 def reported(notebook: nbformat.NotebookNode) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """Executing notebooks: parameters checked first, outputs whole or untouched."""
 
+import base64
 import dataclasses
+import io
 import json
 
 import nbformat
+import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from labutils.notebook import batch, claims
 
@@ -164,3 +168,23 @@ def test_a_number_is_not_the_beginning_of_another(make_notebook):
     first, tenth = make_notebook(name="1.1_demo"), make_notebook(name="1.10_more")
     assert batch.find_notebooks("1.1") == [first]
     assert batch.find_notebooks("1.10") == [tenth]
+
+
+def test_large_pictures_become_jpegs_and_small_ones_stay_as_they_are():
+    def png(pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "png")
+        return base64.b64encode(file.getvalue()).decode()
+
+    noise = np.random.default_rng(0).normal(128, 12, (300, 400, 4)).astype(np.uint8)
+    noise[..., 3] = 255
+    large, small = png(noise), png(noise[:9, :9])
+    outputs = [new_output("display_data", {"image/png": picture}) for picture in (large, small)]
+    notebook = new_notebook(cells=[new_code_cell(outputs=outputs)])
+    batch.clean(notebook)
+    shrunk, kept = (output.data for output in notebook.cells[0].outputs)
+    assert kept == {"image/png": small}
+    assert list(shrunk) == ["image/jpeg"]
+    assert len(shrunk["image/jpeg"]) < len(large) / 2
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(shrunk["image/jpeg"]))))
+    assert np.abs(seen.astype(int) - noise[..., :3]).mean() < 8  # of 255; noise is the worst
