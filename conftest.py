@@ -10,7 +10,7 @@ A new number may be atol + rtol * |stored| off: by TOLERANCES, or as the cell's 
 
 So a tolerance meant for percents never covers a loss. All else is compared to the letter: words,
 the dash of a missing number, whole numbers, which count things, and verdicts; only "not settled"
-may become "holds" or "fails", or come from them. Times, versions and p values are masked
+may become "holds" or "fails", or come from them. Times and versions are masked
 (tests/nbval_sanitize.cfg). Plain text that repeats an output's HTML is left out.
 """
 

@@ -59,6 +59,7 @@ def _curves(axis, table: DataFrame, x: str, y: str, hue: str, colors: dict, styl
     for name, rows in table.groupby(hue, sort=False):
         band = rows.groupby(x)[y].agg(["mean", "min", "max"])
         look = {"color": colors[name], "marker": "o" if len(band) <= 8 else "", "ms": 4}
+        look["mfc"] = colors[name] if style == "-" else "white"  # for a curve of a single point
         axis.plot(band["mean"], style, label=name if style == "-" else "", **look)
         if style == "-":
             axis.fill_between(band.index, band["min"], band["max"], fc=colors[name], alpha=0.2)
@@ -144,7 +145,7 @@ def mistakes(images, labels, probs, classes, *, count: int = 10, columns: int = 
         f"{classes[preds[i]]}?\nno, {classes[labels[i]]}\n{100 * confidence[i]:.0f} % sure"
         for i in wrong
     ]
-    title = "Wrong, and sure of it" if wrong else f"No mistake among {len(labels):,} images."
+    title = "The mistakes it is surest of" if wrong else f"No mistake among {len(labels):,} images."
     return image_grid(images[wrong], captions, title=title, columns=columns)
 
 

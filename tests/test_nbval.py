@@ -107,13 +107,6 @@ CASES = {
     ),
     "version text changed": (stored("print('v2.1.3')", "v2.1.4\n"), "words differ"),
     "time masked": (stored("print('took 9.7 s')", "took 0.4 s\n"), ""),
-    "p values": (stored("print('2.0 points, p = 0.012')", "2.5 points, p < 0.001\n"), ""),
-    "p values, escaped": (
-        stored_tables(
-            ("DataFrame({'evidence': ['p = 0.012']})", "DataFrame({'evidence': ['p < 0.001']})")
-        ),
-        "",
-    ),
     "at the end of a sentence": (stored("print('It is 97.5.')", "It is 97.0.\n"), ""),
     "columns padded": (stored("print('a  9.99')", "a 10.01\n"), ""),
     "thousands": (stored("print('grew 10,020.5')", "grew 9,999.5\n"), ""),

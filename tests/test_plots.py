@@ -119,7 +119,7 @@ def test_every_figure_draws_within_ten_inches_and_is_not_left_open(figures):
         figure.draw_without_rendering()
         assert 6 <= figure.get_size_inches()[0] <= 10
         assert figure.dpi == 110
-        assert figure.get_suptitle() == ("Wrong, and sure of it" if name == "mistakes" else "T")
+        assert figure.get_suptitle() == {"mistakes": "The mistakes it is surest of"}.get(name, "T")
     assert plt.get_fignums() == []
 
 

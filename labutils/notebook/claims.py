@@ -231,6 +231,6 @@ def _mcnemar(one: Tensor, other: Tensor, evidence: str) -> tuple[float, float, s
         width = 300 / n
     if p >= 0.05:  # the normal interval may be a little narrower than the exact test allows
         width = max(width, abs(gain))
-    alone = f"{100 * only / n:.1f} % against {100 * others / n:.1f} % of {n:,} images alone right"
-    p_value = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
-    return gain - width, gain + width, f"{evidence}: {alone}, {p_value}"
+    low, high = gain - width, gain + width
+    between = f"95 % interval {low:.2f} to {high:.2f} points over {n:,} images"
+    return low, high, f"{evidence}: by {gain:.2f} points for one seed, {between}"

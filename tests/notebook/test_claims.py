@@ -96,6 +96,17 @@ def test_one_seed_or_two_are_settled_by_mcnemars_exact_test(pairs):
         assert verdict("above", *scores) == expected
 
 
+def test_the_evidence_of_one_seed_is_the_lead_with_its_interval():
+    one, other = [True] * 60 + [False] * 40, [False] * 20 + [True] * 55 + [False] * 25
+    claims = lab.Claims("9.9")  # 20 images are alone right, and 15: 5 of 100 ahead
+    claims.above("ahead", Fixed({0: 60.0}, one), Fixed({0: 55.0}, other))
+    half = 1.96 * math.sqrt(35 - 5**2 / 100)  # of the lead of two shares of the same images
+    assert claims.rows["ahead"]["evidence"].endswith(
+        f"by 5.00 points for one seed, 95 % interval {5 - half:.2f} to {5 + half:.2f} points "
+        "over 100 images"
+    )
+
+
 def test_one_seed_without_answers_or_of_a_difference_is_not_settled_and_says_why():
     claims = lab.Claims("9.9")
     claims.above("no answers", Fixed({0: 90.0}), Fixed({0: 10.0}))
