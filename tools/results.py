@@ -1,8 +1,9 @@
-"""What the reports found: reports/results.json, and the tables of README.md and reports/README.md.
+"""What the reports found: reports/results.json, and the tables of the three READMEs.
 
 python tools/results.py
 """
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,11 +27,16 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
 
 def write(root: Path) -> list[dict[str, Any]]:
-    """Rebuild all three from the reports; returns the rows of results.json."""
-    rows = collect(root / "reports")
-    tables = {"README.md": ("findings", findings(root))}
-    tables["reports/README.md"] = "results", markdown_table(rows)
-    pages = {root / page: _fill(root / page, *table) for page, table in tables.items()}
+    """Rebuild them all from the reports; returns the rows of results.json."""
+    rows, pages = collect(root / "reports"), {}
+    for page, name, table in (
+        ("README.md", "findings", findings(root)),
+        ("notebooks/README.md", "findings", findings(root, index=True)),
+        ("reports/README.md", "findings", findings(root, index=True)),
+        ("reports/README.md", "results", markdown_table(rows)),
+    ):
+        path = root / page
+        pages[path] = _fill(path, pages.get(path) or path.read_text(), name, table)
     write_json(root / "reports" / "results.json", rows)
     for path, text in pages.items():
         with atomic_write(path) as file:
@@ -38,9 +44,9 @@ def write(root: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _fill(page: Path, name: str, table: str) -> str:
+def _fill(page: Path, text: str, name: str, table: str) -> str:
     """The text of a page with a table between its markers; NotebookError if it has none."""
-    before, begin, rest = page.read_text().partition(f"<!-- {name} -->")
+    before, begin, rest = text.partition(f"<!-- {name} -->")
     _, end, after = rest.partition(f"<!-- /{name} -->")
     if not end or end in before:
         markers = f"<!-- {name} --> and then <!-- /{name} -->"
@@ -48,20 +54,29 @@ def _fill(page: Path, name: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
-def findings(root: Path) -> str:
-    """A line for each notebook, as a table: its question, and what its report found."""
+def findings(root: Path, *, index: bool = False) -> str:
+    """A line for each notebook, as a table: its question, and what its report found.
+
+    index: with the key figure, for a page in a folder of the project.
+    """
     head = "| exercise | question | what the report found | claims: hold / not settled / fail |"
-    lines = [head, "|---" * 4 + "|"]
+    lines, home = [f"{head}{' key figure |' * index}", "|---" * (4 + index) + "|"], "../" * index
     for path in sorted((root / "notebooks").glob("*.ipynb")):
-        title = "".join(read(path).cells[0].source).splitlines()[0]  # which JSON keeps in lines
-        number, _, question = title.removeprefix("# ").partition(" ")
+        first = "".join(read(path).cells[0].source)  # which JSON keeps in lines
+        number, _, question = first.splitlines()[0].removeprefix("# ").partition(" ")
         report, found, held = root / "reports" / path.name, "not made yet", "–"
         if report.exists():
             bundle = reported(read(report))
             verdicts = [claim["verdict"] for claim in bundle.get("rows", [])]
             held = " / ".join(str(verdicts.count(v)) for v in ("holds", "not settled", "fails"))
-            found = f"[{bundle.get('headline') or 'no claim'}](reports/{path.name})"
-        lines.append(f"| [{number}](notebooks/{path.name}) | {question} | {found} | {held} |")
+            found = f"[{bundle.get('headline') or 'no claim'}]({home}reports/{path.name})"
+        line = f"| [{number}]({home}notebooks/{path.name}) | {question} | {found} | {held} |"
+        if index:
+            figure = re.search(r"!\[(.*)\]\((.*)\)", first)
+            line += (
+                f' <img src="{figure[2]}" alt="{figure[1]}" width="240"> |' if figure else " – |"
+            )
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -45,9 +45,13 @@ def write_report(project, rows, headline="", verdicts=()) -> None:
 
 
 def write_pages(project) -> None:
-    for page, table in (("README.md", "findings"), ("reports/README.md", "results")):
-        text = f"before\n<!-- {table} -->\nold\n<!-- /{table} -->\nafter\n"
-        (project / page).write_text(text)
+    for page, *tables in (
+        ("README.md", "findings"),
+        ("notebooks/README.md", "findings"),
+        ("reports/README.md", "findings", "results"),
+    ):
+        blocks = [f"<!-- {table} -->\nSTALE\n<!-- /{table} -->\n" for table in tables]
+        (project / page).write_text("".join(["before\n", *blocks, "after\n"]))
 
 
 def test_results_are_rebuilt_from_the_reports_alone(project):
@@ -62,7 +66,7 @@ def test_results_are_rebuilt_from_the_reports_alone(project):
     table = (project / "reports" / "README.md").read_text()
     assert table.startswith("before\n")
     assert table.endswith("after\n")
-    assert "old" not in table
+    assert "STALE" not in table
     assert "**81.23** ± 0.50 | 3 | 69.92 | 79 reached | 12,345" in table
     assert "**94.00** ± 0.50 | 3 | – | 94.5 **missed**" in table
 
@@ -79,6 +83,16 @@ def test_findings_say_which_notebook_has_no_report_yet(project):
     known = "[1.1](notebooks/1.1_mlp.ipynb) | Does capacity pay? | [99 %](reports/1.1_mlp.ipynb)"
     assert first == f"| {known} | 2 / 0 / 1 |"
     assert second == "| [1.2](notebooks/1.2_res.ipynb) | Why? | not made yet | – |"
+
+
+def test_an_index_shows_the_key_figure_of_a_notebook_that_has_one(project):
+    for name, text in (("1.1_a", "# 1.1 A?\n![Width](../images/a.png)"), ("1.2_b", "# 1.2 B?")):
+        cells = [nbformat.v4.new_markdown_cell(text)]
+        nbformat.write(new_notebook(cells=cells), project / "notebooks" / f"{name}.ipynb")
+    first, second = results.findings(project, index=True).splitlines()[2:]
+    figure = '<img src="../images/a.png" alt="Width" width="240">'
+    assert first == f"| [1.1](../notebooks/1.1_a.ipynb) | A? | not made yet | – | {figure} |"
+    assert second == "| [1.2](../notebooks/1.2_b.ipynb) | B? | not made yet | – | – |"
 
 
 def test_findings_of_a_report_without_claims(project):
@@ -141,5 +155,7 @@ def test_the_published_tables_say_what_the_reports_found():
     assert json.loads((root / "reports" / "results.json").read_text()) == rows
     assert results.markdown_table(rows) in (root / "reports" / "README.md").read_text()
     assert results.findings(root) in (root / "README.md").read_text()
+    for folder in ("notebooks", "reports"):
+        assert results.findings(root, index=True) in (root / folder / "README.md").read_text()
     for row in rows:
         assert (root / row["report"]).exists()
