@@ -14,7 +14,7 @@ help:
 	@echo 'make try      the things to try at the end of each notebook'
 	@echo 'make report   execute the full profile into reports/ and rebuild the tables'
 	@echo 'make store    execute the notebooks in place: refresh their stored outputs'
-	@echo 'make results  rebuild reports/results.json and the tables of both READMEs'
+	@echo 'make results  rebuild reports/results.json and the tables of the three READMEs'
 	@echo 'make verify   test all weights in models/ again, against their cards (needs the data)'
 	@echo 'make bench    print most tables of benchmarks/README.md (an hour; two need real data)'
 	@echo 'make lint     ruff and the import order'
