@@ -180,14 +180,14 @@ def race(device: str, rounds: int, store: Path) -> None:
     store.parent.mkdir(parents=True, exist_ok=True)
     store.touch()
     rows = [json.loads(line) for line in store.read_text().splitlines()]
-    done = {(row["training"], row["seed"], row["on"]) for row in rows}
+    done, here = {(row["training"], row["seed"], row["on"]) for row in rows}, where(part)
     for turn in range(rounds):
         for name, run in contestants.items():
             # The slow one has its one seed, and the quick one all of its five, in the first round.
             for seed in {published: range(1), narrow: range(5)}.get(run, [turn]):
-                if (name, seed, where(part)) in done:
+                if (name, seed, here) in done:
                     continue
-                rows.append({"training": name, "seed": seed, "on": where(part)} | run(seed))
+                rows.append({"training": name, "seed": seed, "on": here} | run(seed))
                 with store.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     for machine, table in pd.DataFrame(rows).groupby("on"):

@@ -1,6 +1,6 @@
 """Benchmarks that take seconds run at their smallest; what they measure is no test."""
 
-import importlib
+import importlib.util
 import math
 import re
 import sys
@@ -44,9 +44,8 @@ def test_a_benchmark_fills_its_tables(script, monkeypatch, capsys, name):
     rows = [line for place, line in enumerate(lines) if not {place, place + 1} & {*rules}]
     assert len(rows) == count + (importlib.util.find_spec("captum") is not None) * (name == "cam")
     for row in rows:
-        numbers = re.findall(r"\d[\d,]*\.?\d*", row.split("|", 2)[2])
-        assert numbers
-        assert all(float(number.replace(",", "")) >= 0 for number in numbers)
+        assert re.search(r"\d\.\d\d", row)  # the ratio, in its last column
+        assert not re.search(r"\b(nan|inf)\b", row)
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,8 @@ def swap_head(source: Run | ConvNet, num_classes: int) -> ConvNet:
     """
     trained = _trained(source) if isinstance(source, Run) else source
     if not (isinstance(trained, ConvNet) and hasattr(trained, "spec")):
-        kind = type(trained).__name__
-        raise ValueError(
-            f"swap_head: source is {kind}. Give a ConvNet of labutils, or a run of one."
-        )
+        problem = f"swap_head: source is {type(trained).__name__}"
+        raise ValueError(f"{problem}. Give a ConvNet of labutils, or a run of one.")
     network = registry.build(trained.spec | {"num_classes": num_classes})
     head = {name: t for name, t in network.state_dict().items() if name.startswith("head.")}
     try:
