@@ -181,4 +181,4 @@ def test_in_jupyterlab_a_control_changes_the_picture_and_an_error_is_read(browse
     page.wait_for_function(changed, arg=before)
     page.get_by_label("file", exact=True).fill("/nowhere.png")
     page.get_by_label("file", exact=True).press("Enter")
-    page.get_by_text("/nowhere.png cannot be decoded").wait_for()
+    page.get_by_text("/nowhere.png is no file").wait_for()
