@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from throughput import at_least
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -112,12 +113,12 @@ def milliseconds(contestant: Contestant, model: nn.Module, images: Tensor) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--images", type=int, default=64, help="of each contestant in each turn")
-    parser.add_argument("--turns", type=int, default=3, help="turns of every contestant")
+    parser.add_argument(
+        "--images", type=at_least(2), default=64, help="of each contestant in each turn"
+    )
+    parser.add_argument("--turns", type=at_least(1), default=3, help="turns of every contestant")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     options = parser.parse_args()
-    if options.images < 2 or options.turns < 1:
-        parser.error("--images of 2 or more and --turns of 1 or more are needed")
     device = lab.resolve_device(options.device)
     torch.set_num_threads(1)
     lab.seed_everything(0)

@@ -16,7 +16,7 @@ import statistics
 import time
 from dataclasses import replace
 
-from throughput import make_data
+from throughput import at_least, make_data
 
 import labutils as lab
 from labutils.base.device import device_name
@@ -52,8 +52,10 @@ def turn(data: lab.ImageData, teacher: lab.Teacher, seed: int) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=5, help="turns of every contestant")
-    parser.add_argument("--images", type=int, default=2_560, help="in the training split")
+    parser.add_argument("--turns", type=at_least(1), default=5, help="turns of every contestant")
+    parser.add_argument(
+        "--images", type=at_least(PLAIN.batch_size), default=2_560, help="in the training split"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     options = parser.parse_args()
     device = lab.resolve_device(options.device)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from throughput import at_least
 from torch import nn
 from torch.nn import functional as F
 from torchvision import datasets, transforms
@@ -106,10 +107,8 @@ CONTESTANTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="turns of every contestant")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="turns of every contestant")
     repeats = parser.parse_args().repeats
-    if repeats < 1:
-        parser.error("--repeats of 1 or more is needed")
     data = make_data()
     print(
         f"{IMAGES:,} images of 28x28, batch {BATCH}, Adam; median of {repeats} epochs; "

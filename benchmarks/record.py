@@ -34,7 +34,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from throughput import wait
+from throughput import at_least, wait
 from time_to_accuracy import seconds_to, where
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -216,7 +216,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--store", type=Path, help="file to keep results in")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="record-") as folder:

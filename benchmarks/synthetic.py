@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import torch
+from throughput import at_least
 
 from labutils.base.device import device_name
 from labutils.data.synthetic import SETS, generate
@@ -28,7 +29,7 @@ def draw_time(name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="rounds")
     repeats = parser.parse_args().repeats
     print(f"{device_name(torch.device('cpu'))}, NumPy {np.__version__}, n = {repeats}\n")
     print("| data set | side | images | seconds | images/s |")

@@ -93,6 +93,17 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(trained, lr=1e-3, momentum=0.9, nesterov=True, fused=True)
 
 
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers, none of them lower."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is too low. Give {lowest} or more.")
+        return int(text)
+
+    return whole_number
+
+
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -253,13 +264,13 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=10, help="a turn; a fifth for batches alone"
     )
-    parser.add_argument("--turns", type=int, default=3, help="turns of every contestant")
-    parser.add_argument("--images", type=int, default=2_560, help="in the training split")
+    parser.add_argument("--turns", type=at_least(1), default=3, help="turns of every contestant")
+    parser.add_argument(
+        "--images", type=at_least(BATCH), default=2_560, help="in the training split"
+    )
     parser.add_argument("--compile", action="store_true", help="compiled contestants as well")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     options = parser.parse_args()
-    if options.images < BATCH or options.turns < 1:
-        parser.error(f"--images of {BATCH} or more and --turns of 1 or more are needed")
     device = lab.resolve_device(options.device)
     print(
         f"Noise of 32x32x3, batch {BATCH}, SGD; median of {options.turns} turns of "

@@ -55,12 +55,15 @@ def test_a_benchmark_fills_its_tables(script, monkeypatch, capsys, name):
         ("loop", ["--repeats", "0"]),
         ("throughput", ["--images", "100"]),
         ("throughput", ["--turns", "0"]),
+        ("distillation", ["--images", "127"]),
+        ("record", ["--rounds", "0"]),
+        ("synthetic", ["--repeats", "0"]),
     ],
 )
 def test_a_benchmark_of_nothing_says_what_it_needs(script, monkeypatch, capsys, name, arguments):
     with pytest.raises(SystemExit, match="2"):
         run(script(name), monkeypatch, arguments)
-    assert f"{arguments[0]} of " in capsys.readouterr().err
+    assert f"{arguments[0]}: {arguments[1]} is too low" in capsys.readouterr().err
 
 
 def test_threads_are_not_compared_with_themselves(script, monkeypatch):
