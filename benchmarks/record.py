@@ -41,6 +41,7 @@ from torch.nn import functional as F
 
 import labutils as lab
 from labutils.base.device import autocast, prefer_channels_last, usable_precision
+from labutils.notebook.claims import ONE
 from labutils.training.optim import orthogonalise
 
 GOAL = 0.7918  # of val
@@ -206,9 +207,8 @@ def print_table(table: pd.DataFrame) -> None:
 
 
 def shown(values: pd.Series) -> str:
-    n_is_one = "\u00a0(n\u00a0=\u00a01)"  # which has a column
     never = (values == math.inf).sum()
-    return f"never in {never}" if never else lab.mean_std(values).removesuffix(n_is_one)
+    return f"never in {never}" if never else lab.mean_std(values).removesuffix(ONE)
 
 
 def main() -> None:

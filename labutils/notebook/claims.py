@@ -82,11 +82,14 @@ class Score:
         return mean_std(self.values())
 
 
+ONE = "\u00a0(n\u00a0=\u00a01)"  # behind a number that has no deviation
+
+
 def mean_std(values: Sequence[float] | pd.Series) -> str:
     """'mean ± sample deviation' of the numbers that are there; 'mean (n = 1)', or a dash."""
     values = pd.Series(values, dtype=float).dropna()
     if len(values) < 2:
-        return f"{values.iloc[0]:.2f}\u00a0(n\u00a0=\u00a01)" if len(values) else "–"
+        return f"{values.iloc[0]:.2f}{ONE}" if len(values) else "–"
     return f"{values.mean():.2f}\u00a0±\u00a0{values.std():.2f}"
 
 
@@ -115,9 +118,9 @@ class Claims:
 
     As the last expression of a cell it shows the claims made since it was last shown.
     Accuracies are compared seed by seed: a claim is settled by the 95 % t interval of the mean
-    difference. One seed or two say too little for that; then McNemar's exact test (1947), 5 %
-    two-sided, looks at the networks of the first that both have: at the test images that only one
-    of them gets right.
+    difference. One seed or two say too little for that; then it is the interval over the test
+    images, of the networks of the first seed that both have. It excludes 0 just if McNemar's exact
+    test (1947), 5 % two-sided, does, which looks at the images that only one of them gets right.
     """
 
     exercise: str
@@ -137,8 +140,8 @@ class Claims:
     ) -> None:
         """Claim that one score lies above another by more than `by`.
 
-        more, less: Scores, or numbers for each seed (Series) such as a difference of two Scores.
-        unit: of these numbers.
+        more, less: Scores, or numbers for each seed (Series) such as a difference of two Scores;
+            20 numbers or more are taken for those of test images. unit: of these numbers.
         """
         low, high, evidence = _compare(more, less, unit)
         self.add(claim, _exceeds(low, high, by), evidence)
@@ -183,15 +186,18 @@ class Claims:
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         shown, self._new = [self.rows[claim] for claim in dict.fromkeys(self._new)], []
         lines = [f"{row['verdict']}: {row['claim']} ({row['evidence']})" for row in shown]
-        table = "<table><tr><th>claim</th><th>evidence</th><th>verdict</th></tr>"
+        left = "style='text-align:left'"
+        heads = "".join(f"<th {left}>{name}</th>" for name in ("claim", "evidence", "verdict"))
+        table = f"<table><tr>{heads}</tr>"
         for row in shown:
             texts = row["claim"], row["evidence"], f"{MARKS[row['verdict']]} {row['verdict']}"
-            cells = [f"<td style='text-align:left'>{html.escape(text)}</td>" for text in texts]
+            cells = [f"<td {left}>{html.escape(text)}</td>" for text in texts]
             table += f"<tr>{''.join(cells)}</tr>"
         reported = {"exercise": self.exercise, "headline": self.headline}
         reported |= {"rows": [*self.rows.values()], "headline_rows": [*self.headline_rows.values()]}
-        plain = "\n".join(lines) or "no new claim"
-        return {"text/plain": plain, "text/html": f"{table}</table>", MEDIA_TYPE: reported}
+        readable = {"text/plain": "\n".join(lines)}
+        readable |= {"text/html": f"{table}</table>"} if shown else {}
+        return readable | {MEDIA_TYPE: reported}
 
 
 def _exceeds(low: float, high: float, by: float) -> bool | None:
@@ -204,33 +210,46 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
     kinds = dict.fromkeys(["first", "second"], InstanceOf[pd.Series])
     check("Claims: a Score or a Series by seed", kinds, {"first": first, "second": second})
     apart = (first - second).dropna()
+    if (n := len(apart)) > 2:
+        gain, width = apart.mean(), stats.t.ppf(0.975, n - 1) * apart.std() / math.sqrt(n)
+        sides = [side[apart.index] for side in (first, second)]
+        # How far images lie apart says nothing of how well their mean is known.
+        shown = [f"{side.mean():.2f}" if n >= 20 else mean_std(side) for side in sides]
+        source = f"over {n:,} images" if n >= 20 else f"n = {n}"
+        return _interval(*shown, unit, gain, width, source)
     evidence = f"{mean_std(first)} against {mean_std(second)} {unit}"
-    if len(apart) > 2:
-        width = stats.t.ppf(0.975, len(apart) - 1) * apart.std() / math.sqrt(len(apart))
-        evidence = f"{evidence}: by {mean_std(apart)} {unit}, n = {len(apart)}"
-        return apart.mean() - width, apart.mean() + width, evidence
-    if isinstance(one, Score) and isinstance(other, Score) and len(apart):
+    if isinstance(one, Score) and isinstance(other, Score) and n:
         tests = [(score.data.test.images, score.data.test.labels) for score in (one, other)]
-        right = [score.right(apart.index[0]) for score in (one, other)]
+        seed = apart.index[0]
+        right = [score.right(seed) for score in (one, other)]
         if not all(map(torch.equal, *tests)):
             evidence += ", not of the same test images"
         elif any(images is None for images in right):
             evidence += ", no answers stored to compare the images"
         else:
-            return _mcnemar(*right, evidence)
+            shown = (f"{side[seed]:.2f}" for side in (first, second))
+            images = f"for one seed, over {len(right[0]):,} images"
+            return _interval(*shown, unit, *_mcnemar(*right), images)
     return -math.inf, math.inf, evidence
 
 
-def _mcnemar(one: Tensor, other: Tensor, evidence: str) -> tuple[float, float, str]:
-    """The interval of the difference on the same images; it excludes 0 if the exact test does."""
+def _interval(one, other, unit, gain, width, source) -> tuple[float, float, str]:
+    lead, low, high = (f"{round(x, 2) + 0.0:.2f}" for x in (gain, gain - width, gain + width))
+    between = f"95 % interval {low} to {high} {unit}" if width else "the same for all"
+    evidence = f"{one} against {other} {unit}: by {lead} {unit}, {between}, {source}"
+    return gain - width, gain + width, evidence
+
+
+def _mcnemar(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """The difference on the same images, in points, and half of its 95 % interval.
+
+    The interval excludes 0 if and only if McNemar's exact test rejects it.
+    """
     n, only, others = len(one), int((one & ~other).sum()), int((other & ~one).sum())
     p = stats.binomtest(only, only + others).pvalue if only + others else 1.0
     gain = 100 * (only - others) / n
     width = 196 / n * math.sqrt(only + others - (only - others) ** 2 / n)
     if not only + others:  # the rule of three: so many images apart would be likely to show
         width = 300 / n
-    if p >= 0.05:  # the normal interval may be a little narrower than the exact test allows
-        width = max(width, abs(gain))
-    low, high = gain - width, gain + width
-    between = f"95 % interval {low:.2f} to {high:.2f} points over {n:,} images"
-    return low, high, f"{evidence}: by {gain:.2f} points for one seed, {between}"
+    # The normal interval may be a little narrower than the exact test allows.
+    return gain, max(width, abs(gain)) if p >= 0.05 else width

@@ -96,14 +96,44 @@ def test_one_seed_or_two_are_settled_by_mcnemars_exact_test(pairs):
         assert verdict("above", *scores) == expected
 
 
+def test_the_evidence_is_that_of_the_seeds_that_both_have():
+    claims = lab.Claims("9.9")
+    one, other = [10.0, 20.0, 30.0, 99.0, 99.0], [9.0, 19.0, 32.0]
+    claims.above("three", pd.Series(one), pd.Series(other))
+    claims.above("one", Fixed({0: 60.0, 1: 99.0}, [True] * 60), Fixed({0: 55.0}, [True] * 60))
+    low, high = stats.ttest_1samp([1, 1, -2], 0).confidence_interval(0.95)
+    assert claims.rows["three"]["evidence"] == (
+        "20.00\u00a0±\u00a010.00 against 20.00\u00a0±\u00a011.53 points: by 0.00 points, "
+        f"95 % interval {low:.2f} to {high:.2f} points, n = 3"
+    )
+    assert claims.rows["one"]["evidence"].startswith("60.00 against 55.00 points: by 0.00 points")
+
+
+def test_the_deviation_of_images_is_not_shown_as_that_of_their_mean():
+    claims, hits = lab.Claims("9.9"), pd.Series([0.0, 100.0, 100.0, 100.0] * 300)
+    more = pd.concat([hits, pd.Series([0.0] * 900, index=range(1200, 2100))])  # of no pair
+    claims.above("images", more, 0.5 * hits)
+    low, high = stats.ttest_1samp(0.5 * hits, 0).confidence_interval(0.95)
+    assert claims.rows["images"]["evidence"] == (
+        "75.00 against 37.50 points: by 37.50 points, "
+        f"95 % interval {low:.2f} to {high:.2f} points, over 1,200 images"
+    )
+
+
+def test_numbers_without_spread_show_no_interval_and_no_negative_zero():
+    claims, three = lab.Claims("9.9"), pd.Series([5.0, 5.0, 5.0])
+    claims.close("alike", three, three + 1e-9, within=1)
+    assert claims.rows["alike"]["evidence"].endswith("by 0.00 points, the same for all, n = 3")
+
+
 def test_the_evidence_of_one_seed_is_the_lead_with_its_interval():
     one, other = [True] * 60 + [False] * 40, [False] * 20 + [True] * 55 + [False] * 25
     claims = lab.Claims("9.9")  # 20 images are alone right, and 15: 5 of 100 ahead
     claims.above("ahead", Fixed({0: 60.0}, one), Fixed({0: 55.0}, other))
     half = 1.96 * math.sqrt(35 - 5**2 / 100)  # of the lead of two shares of the same images
-    assert claims.rows["ahead"]["evidence"].endswith(
-        f"by 5.00 points for one seed, 95 % interval {5 - half:.2f} to {5 + half:.2f} points "
-        "over 100 images"
+    assert claims.rows["ahead"]["evidence"] == (
+        f"60.00 against 55.00 points: by 5.00 points, 95 % interval {5 - half:.2f} to "
+        f"{5 + half:.2f} points, for one seed, over 100 images"
     )
 
 
@@ -185,7 +215,8 @@ def test_claims_show_what_is_new_and_report_all():
     reported = second[MEDIA_TYPE]
     assert [row["verdict"] for row in reported["rows"]] == ["holds", "fails", "not settled"]
     assert (reported["exercise"], reported["headline"]) == ("1.1", "fine")
-    assert claims._repr_mimebundle_()["text/plain"] == "no new claim"
+    third = claims._repr_mimebundle_()
+    assert (third["text/plain"], third.get("text/html")) == ("", None)  # not an empty table
 
 
 def test_targets_are_claimed_and_every_score_becomes_a_row(trained):
