@@ -1,7 +1,8 @@
 """Every figure, made from arrays or long tables, which have one row a measurement.
 
-Their column `hue` says what is compared; its values have colours of PALETTE, in order. Rows of
-several seeds are drawn as mean and spread, and counted as n; NaN is left out.
+Their column `hue` says what is compared; names in COLORS look the same in every figure, others have
+the colours that are left, in order. Rows of several seeds are drawn as mean and spread, and counted
+as n; NaN is left out.
 """
 
 import textwrap
@@ -14,8 +15,11 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from pandas import DataFrame, Series, factorize
+from scipy.stats import binomtest
 
 PALETTE, GREY = sns.color_palette("colorblind"), "0.45"
+COLORS = {"plain": 0, "residual": 1, "batchnorm": 2, "he": 4, "control": 7, "ours": 9}
+OTHERS = (0, 1, 2, 4, 8, 9, 5, 6, 7)  # without the red, which is too near to the orange
 BAND = "band: lowest to highest"
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # a legend right of the axes
 FRAME = {"figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False}
@@ -42,7 +46,9 @@ def _checked(table: DataFrame, numbers: Sequence[str], hue: str, *names: str) ->
             problem = f"Column {column!r} is missing, has no rows, or rows without a name."
             raise ValueError(f"{problem} The table has: {list(table)}.")
     table = table.reset_index(drop=True)[list(types)].astype(types)
-    colors = dict(zip(table[hue].unique(), cycle(PALETTE)))
+    hues = list(table[hue].unique())
+    others = cycle(i for i in OTHERS if i not in [COLORS.get(name) for name in hues])
+    colors = {name: PALETTE[COLORS[name] if name in COLORS else next(others)] for name in hues}
     return table.replace([np.inf, -np.inf], np.nan), colors
 
 
@@ -68,8 +74,8 @@ def _curves(axis, table: DataFrame, x: str, y: str, hue: str, colors: dict, styl
 
 def _named(axis, colors: dict) -> Figure:
     """The figure, with a legend of all hues right of this axis."""
-    handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
-    axis.legend(handles=handles, labelcolor="linecolor", **BESIDE)
+    dots = [plt.Line2D([], [], color=c, label=n, marker="o", ls="") for n, c in colors.items()]
+    axis.legend(handles=dots, **BESIDE)
     return axis.get_figure()
 
 
@@ -99,7 +105,7 @@ def image_grid(
     images, captions: Sequence[str], *, title: str, columns: int = 10, maps=None
 ) -> Figure:
     """Images, uint8 [N, C, H, W] with C of 1 or 3, captions above; maps, [N, H, W], laid over."""
-    rows, size = max(1, -(-len(images) // columns)), 9.0 / columns
+    rows, size = max(1, -(-len(images) // columns)), min(9.0 / columns, 1.8)
     longest = max(map(len, "\n".join(captions).split("\n")))
     lines = 1 + max((caption.count("\n") for caption in captions), default=0)
     figure, axes = _figure(title, 9.0, 0.45 + rows * (size + 0.17 * lines), rows, columns)
@@ -151,21 +157,28 @@ def mistakes(images, labels, probs, classes, *, count: int = 10, columns: int = 
 
 @_styled
 def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) -> Figure:
-    """Loss and accuracy of an Experiment's histories; chance: accuracy of guessing, a fraction."""
+    """Loss and accuracy of an Experiment's histories.
+
+    chance: accuracy of guessing, a fraction; drawn where the curves come near it.
+    """
     numbers = ["seed", "epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
     table, colors = _checked(histories, numbers, hue)
     _, (left, right) = _figure(title, 9.9, 3.7, columns=2)
     for axis, score in ((left, "loss"), (right, "accuracy")):
         _curves(axis, table, "epoch", f"train_{score}", hue, colors, ":")
         _curves(axis, table, "epoch", f"val_{score}", hue, colors)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     seeds = table.groupby([hue, "epoch"])["seed"].nunique()
     _describe(left, "mean cross-entropy (nats)", seeds, "val —   train ···   ", BAND)
     _log_ticks(left.yaxis)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     right.set_ylabel("accuracy (%)")
     if chance:
+        limits = right.get_ylim()  # far above it, the line would only press the curves together
         right.axhline(chance, color=GREY, lw=1, ls="--")
+        place = {"xycoords": ("axes fraction", "data"), "annotation_clip": True}
+        right.annotate("chance", (1, chance), ha="right", va="top", color=GREY, **place)
+        right.set_ylim(limits)
     return _named(right, colors)
 
 
@@ -198,21 +211,21 @@ def lines(
 def dots(table: DataFrame, *, x: str, y: str, hue: str, title: str, marks=None) -> Figure:
     """One row a category y, one colour a hue: mean of x ± standard deviation of the sample.
 
-    marks: name -> category -> value, in grey.
+    marks: name -> category -> value, in black.
     """
-    table, hues = _checked(table, [x], hue, y)
+    table, colors = _checked(table, [x], hue, y)
     rows = list(table[y].unique())
     figure, (axis,) = _figure(title, 8.0, 1.5 + 0.55 * len(rows))
     marks = {name: values for name, values in (marks or {}).items() if len(values)}
     for (name, values), shape in zip(marks.items(), cycle("D|")):
         marked = Series(values, dtype=float).rename(str).reindex(rows)
-        axis.plot(marked, range(len(rows)), shape, ms=8, mfc="none", color=GREY, label=name)
+        axis.plot(marked, range(len(rows)), shape, ms=9, mfc="none", color="black", label=name)
     # Only rows that hold several hues need them one below the other.
-    apart = 0.56 / max(2, len(hues)) if table.groupby(y)[hue].nunique().max() > 1 else 0.0
-    for i, (name, color) in enumerate(zip(hues, cycle((7, 9, 4, 8, 6, 5)))):
+    apart = 0.56 / max(2, len(colors)) if table.groupby(y)[hue].nunique().max() > 1 else 0.0
+    for i, (name, color) in enumerate(colors.items()):
         spread = table[table[hue] == name].groupby(y)[x].agg(["mean", "std"]).reindex(rows)
-        heights = np.arange(len(rows)) + apart * (i - (len(hues) - 1) / 2)
-        look = {"fmt": "o", "ms": 6, "color": PALETTE[color], "label": name}
+        heights = np.arange(len(rows)) + apart * (i - (len(colors) - 1) / 2)
+        look = {"fmt": "o", "ms": 6, "color": color, "label": name}
         axis.errorbar(spread["mean"], heights, xerr=spread["std"], **look)
     axis.set(xlabel=x, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     _describe(axis, "", table.groupby([y, hue])[x].count())
@@ -225,7 +238,7 @@ def against(table: DataFrame, *, prices: Sequence[str], y: str, hue: str, title:
     """A result, mean ± deviation, against each of several prices, which have logarithmic axes."""
     table, colors = _checked(table, [*prices, y], hue)
     groups = table.groupby(hue, sort=False)
-    _, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices))
+    _, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices), sharey=True)
     for axis, price in zip(axes, prices):
         for (name, mean), deviation in zip(groups.mean().iterrows(), groups[y].std()):
             axis.errorbar(mean[price], mean[y], deviation, fmt="o", color=colors[name], label=name)
@@ -257,9 +270,15 @@ def layers(table: DataFrame, *, panel: str, hue: str, y: str, title: str) -> Fig
 
 @_styled
 def heatmap(table: DataFrame, *, title: str, label: str) -> Figure:
-    """A table of numbers as coloured, annotated cells; its index and columns carry their names."""
+    """A table of numbers as coloured, annotated cells; its index and columns carry their names.
+
+    The colours span 5 units at least, so that differences by chance do not look like findings.
+    """
+    low, high = table.min(axis=None), table.max(axis=None)
+    more = max(0.0, 5 - (high - low)) / 2
     figure, (axis,) = _figure(title, 2.2 + 0.85 * table.shape[1], 1.3 + 0.5 * table.shape[0])
     cells = {"annot": True, "fmt": ".1f", "linewidths": 0.5, "cbar_kws": {"label": label}}
+    cells |= {"vmin": low - more, "vmax": high + more}
     sns.heatmap(table, ax=axis, cmap="viridis", **cells)
     axis.tick_params(length=0, rotation=0)
     axis.invert_yaxis()
@@ -288,14 +307,21 @@ def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
 
 @_styled
 def reliability_diagram(bins: DataFrame, *, hue: str, title: str) -> Figure:
-    """Accuracy against confidence. bins: of calibration_bins, with hue; not if under 10 images."""
+    """Accuracy against confidence, with Wilson's 95 % interval; not if under 10 images.
+
+    bins: of calibration_bins, with hue.
+    """
     table, colors = _checked(bins, ["confidence", "accuracy", "images"], hue)
     figure, (axis,) = _figure(title, 7.4, 4.4)
     axis.plot([0, 100], [0, 100], color=GREY, lw=1, ls="--", label="perfectly calibrated")
     for name, rows in table[table["images"] >= 10].groupby(hue, sort=False):
-        points = (100 * rows["confidence"], 100 * rows["accuracy"])
-        axis.plot(*points, color=colors[name], label=name)
-        axis.scatter(*points, s=6 * np.sqrt(rows["images"]), color=colors[name])
+        share, images = rows["accuracy"], rows["images"]
+        tests = [binomtest(round(hit), int(of)) for hit, of in zip(share * images, images)]
+        ends = np.array([test.proportion_ci(method="wilson") for test in tests]).T
+        bars = np.abs(ends - share.to_numpy())
+        look = {"fmt": "o-", "ms": 4, "elinewidth": 1, "color": colors[name], "label": name}
+        axis.errorbar(100 * rows["confidence"], 100 * share, 100 * bars, **look)
     axis.set(xlabel="confidence (%)", ylabel="accuracy at that confidence (%)")
+    axis.set_title("bars: 95 % intervals", loc="left", fontsize=9, color=GREY)
     axis.legend(**BESIDE)
     return figure

@@ -217,8 +217,39 @@ def test_the_confusion_matrix_prints_its_counts_and_leaves_zeros_blank(figures):
 
 
 def test_reliability_leaves_out_bins_that_say_nothing(figures):
-    line = solid(figures["reliability_diagram"].axes[0])["m"]
-    np.testing.assert_allclose(line.get_xydata(), [[90, 90]])
+    [drawn] = figures["reliability_diagram"].axes[0].containers
+    np.testing.assert_allclose(drawn.lines[0].get_xydata(), [[90, 90]])
+    [[(_, low), (_, high)]] = drawn.lines[2][0].get_segments()
+    for end in low / 100, high / 100:  # Wilson 1927: the shares that 45 of 50 would just not refute
+        assert abs(end - 0.9) / (end * (1 - end) / 50) ** 0.5 == pytest.approx(1.96, rel=1e-3)
+
+
+def test_a_known_name_has_its_colour_whatever_stands_beside_it():
+    residual, first, second = (plots.PALETTE[i] for i in (plots.COLORS["residual"], 0, 2))
+    table = results()["lines"].replace({"model": {"m": "residual", "n": "other"}})
+    for order in (table, table[::-1]):
+        found = solid(draw("lines", order, style=None).axes[0])
+        assert found["residual"].get_color() == residual
+        assert found["other"].get_color() == first
+    more = table.assign(model=[f"other{i}" if i else "residual" for i in range(len(table))])
+    found = solid(draw("lines", more, style=None).axes[0])
+    assert found["other2"].get_color() == second  # not that of residual, which would be next
+
+
+def test_chance_far_below_does_not_press_the_curves_together():
+    far, near = (draw("learning_curves", chance=share).axes[1] for share in (0.1, 0.5))
+    assert far.get_ylim() == near.get_ylim() == draw("learning_curves").axes[1].get_ylim()
+    assert far.get_ylim()[0] > 0.1
+    lines = [line for line in near.get_lines() if line.get_linestyle() == "--"]
+    assert [list(line.get_ydata()) for line in lines] == [[0.5, 0.5]]
+    assert [text.get_text() for text in near.texts] == ["chance"]
+
+
+def test_small_differences_are_small_on_the_scale_of_a_heatmap():
+    [drawn] = plots.heatmap(pd.DataFrame([[88.0, 89.0]]), title="T", label="%").axes[0].collections
+    assert drawn.get_clim() == (86.0, 91.0)
+    [drawn] = plots.heatmap(pd.DataFrame([[10.0, 90.0]]), title="T", label="%").axes[0].collections
+    assert drawn.get_clim() == (10.0, 90.0)
 
 
 def test_dots_stand_at_the_means_with_deviations_and_categories_in_order(figures):
