@@ -9,6 +9,7 @@ import ipywidgets as widgets
 from torch import Tensor, nn
 
 from .. import plots
+from ..base.files import project_dir
 from ..data.tensors import ImageData
 from .cam import METHODS, Explanation, explain, layers_with_maps
 from .pictures import own_image, verdict
@@ -19,8 +20,9 @@ class Explorer(widgets.VBox):
 
     model: classifies the images of `data`, on the same device.
     controls, by name: image: its number in the test split; file: the path of an image of one's own,
-        shown instead while there is one; class, method, layer: as in explain; strength: of the
-        map over the image; x, y: the pixel whose raw value is said.
+        absolute or from the project's folder, shown instead while there is one; class, method,
+        layer: as in explain; strength: of the map over the image; x, y: the pixel whose raw value
+        is said.
     What goes wrong is said in `message`, and `picture` stays until something can be shown again.
     """
 
@@ -54,8 +56,9 @@ class Explorer(widgets.VBox):
     def _explain(self, number, file, class_idx, method, layer) -> tuple[Tensor, str, Explanation]:
         """The image, uint8 [C, H, W], what is known of it, and its map."""
         if file:
-            pixels = own_image(Path(file).expanduser(), self._split.images.shape[1:])
-            pixels, about = pixels.to(self._split.images.device), Path(file).name
+            path = project_dir() / Path(file).expanduser()
+            pixels = own_image(path, self._split.images.shape[1:])
+            pixels, about = pixels.to(self._split.images.device), path.name
         else:
             pixels = self._split.images[number, None]
             about = f"True class: {self._classes[self._split.labels[number]]}"
@@ -77,7 +80,7 @@ class Explorer(widgets.VBox):
             row, column = (place * cells // pixels for place, cells, pixels in sizes)
         except Exception as error:  # JupyterLab would put it into a log that nobody opens
             said = html.escape(f"{type(error).__name__}: {error}")
-            self.message.value = f'<b style="color: #b00">{said}</b>'
+            self.message.value = f'<b style="color: var(--jp-error-color1, #b00)">{said}</b>'
             return
         self.picture.value = png.getvalue()
         value = f"{float(found.raw[0, row, column]):+.4g}"

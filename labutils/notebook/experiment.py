@@ -23,11 +23,11 @@ from .claims import ByModel, Score, mean_std
 
 _KINDS = {"exercise": str, "data": InstanceOf[ImageData]}
 _SEEDS = Annotated[list[Seed], Field(min_length=1)]
-_COLUMNS = {  # of a table of results, with the digits after the point
-    "precision (%)": ("precision", 2),
-    "loss (nats)": ("loss", 3),
-    "calibration error (%)": ("calibration_error", 2),
-    "epochs": ("epochs", 1),
+_COLUMNS = {  # of a table of results, with the form of a number
+    "precision (%)": ("precision", ".2f"),
+    "loss (nats)": ("loss", ".3f"),
+    "calibration error (%)": ("calibration_error", ".2f"),
+    "epochs": ("epochs", ".1f"),
 }
 
 
@@ -94,7 +94,10 @@ class Experiment:
             options = {"teacher": teacher, "name": name, "retrain": self.retrain}
             run = train(build(), data, config, **options)
             if run.stop_reason == "interrupted":
-                raise KeyboardInterrupt(f"{name} was interrupted. Run the cell again to go on.")
+                hint = "; retrain = False keeps the finished runs" * self.retrain
+                raise KeyboardInterrupt(
+                    f"{name} was interrupted. Run the cell again to go on{hint}."
+                )
             runs[seed] = run
             its_labels = {**labels, "seed": seed}
             self._trained[repr(sorted(its_labels.items()))] = its_labels, run, data
@@ -152,9 +155,8 @@ class Experiment:
                 row["with flip (%)"] = mean_std(score.values(tta=True))
             for name, known in references.items():
                 row[f"{name} (%)"] = f"{known[model]:g}" if model in known else "–"
-            for heading, (what, digits) in _COLUMNS.items():
-                row[heading] = f"{score.values(what).mean():.{digits}f}"
-            row["time a run"] = f"{score.values('seconds').mean():.1f} s"
+            for heading, (what, form) in _COLUMNS.items():
+                row[heading] = f"{score.values(what).mean():{form}}".removesuffix(".0")
             rows[recipe, model] = row
         index = pd.MultiIndex.from_tuples(rows, names=["recipe", "model"])
         return pd.DataFrame(rows.values(), index=index)

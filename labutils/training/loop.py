@@ -175,7 +175,7 @@ def _train(run, data, config, teacher, track, progress, checkpoint_seconds) -> R
         # They write into the run's folder, which is about to get another name.
         watch.show_mirrors(mirrors, state.summary(), final=True)
         _finish(run, state, reason or "interrupted")
-        bar.note(run.stop_reason)
+        bar.end(run.stop_reason)
     if interrupted and reason:
         # Too late to stop this run, which is stored; but the caller may have more to do.
         signal.raise_signal(signal.SIGINT)

@@ -194,7 +194,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     x = x.T if len(matrix) > matrix.shape[1] else x
     # A step multiplies x from the left by a polynomial of x x', so that all three can be computed
     # of that square matrix: half of the operations for a filter, nine times as wide as high.
-    gram, one = x @ x.T, torch.eye(len(x), device=x.device)
+    gram, one = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
     change = one
     for _ in range(3):
         square = change @ gram @ change

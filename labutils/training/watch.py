@@ -152,25 +152,37 @@ class Progress:
 
     def __init__(self, name: str, *, total: int, done: int, log: Path, show: bool) -> None:
         where = watched() if show else None
-        settings = {"desc": name, "total": total, "initial": done, "unit": " images"}
+        settings = {
+            "desc": f"{name}: continues" if done else name,
+            "total": total,
+            "initial": done,
+            "unit": " images",
+        }
         shape, kind = "{desc} |{bar}| {remaining} left, {rate_fmt}", tqdm
         if where == "notebook":
             kind, shape = _NotebookBar, shape.replace(" |{bar}", "\n|{bar:40}")
             settings |= {"file": io.StringIO(), "ascii": False}
         self._bar = kind(bar_format=shape, unit_scale=True, disable=where is None, **settings)
         self.step = self._bar.update  # takes a number of images
-        self._name, self._log = name, log.open("a", buffering=1)
+        self._name, self._scores, self._log = name, "", log.open("a", buffering=1)
         self.note(f"{name}: {'continues' if done else 'starts'} at image {done:,} of {total:,}")
 
     def epoch(self, row: dict[str, float], epochs: int) -> None:
         # Short, so that a line of 100 columns holds it beside the bar.
         scores = f"epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} "
         scores += f"(val {row['val_loss']:.3f}), val accuracy {100 * row['val_accuracy']:.1f} %"
+        self._scores = f"; {scores}"
         self._bar.set_description_str(f"{self._name}: {scores}", refresh=False)
         self.note(f"{scores}, {row['images_per_second']:,.0f} images/s")
 
     def note(self, text: str) -> None:
         self._log.write(f"{text}\n")
+
+    def end(self, reason: str) -> None:
+        """Show why it ended in place of the time that would be left."""
+        self.note(reason)
+        self._bar.bar_format = "{desc}"  # a narrow window cuts its end
+        self._bar.set_description_str(f"{self._name}: {reason}{self._scores}")
 
     def close(self) -> None:
         self._log.close()

@@ -91,6 +91,9 @@ def test_an_image_of_ones_own_is_shown_until_its_path_is_taken_away(drawn, tmp_p
     Image.fromarray(np.full((40, 80, 3), (30, 60, 90), np.uint8)).save(tmp_path / "own.png")
     assert change(explorer, file=str(tmp_path / "own.png"))
     assert drawn["title"].startswith("own.png. Predicted: ")
+    assert change(explorer, file="images/2.3_maps.png")  # from the project's folder
+    assert drawn["title"].startswith("2.3_maps.png. Predicted: ")
+    assert change(explorer, file=str(tmp_path / "own.png"))
     assert drawn["image"].shape == (channels, 16, 16)
     color = [60] if channels == 1 else [30, 60, 90]
     assert torch.equal(drawn["image"][:, 5, 5], torch.tensor(color, dtype=torch.uint8))

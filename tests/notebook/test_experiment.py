@@ -245,9 +245,7 @@ def test_every_column_of_the_results_is_what_its_heading_says(trained):
     assert row["precision (%)"] == f"{100 * mean(each.precision for each in found):.2f}"
     error = mean(each.calibration_error for each in found)
     assert row["calibration error (%)"] == f"{100 * error:.2f}"
-    assert row["epochs"] == "1.0"
-    seconds = mean(run.seconds for run in score.runs.values())
-    assert row["time a run"] == f"{seconds:.1f} s"
+    assert row["epochs"] == "1"
 
 
 def test_the_frame_tells_seconds_and_both_accuracies(trained):

@@ -452,6 +452,31 @@ def test_a_continued_bar_starts_where_the_run_was(train, notebook):
     assert last == 1
 
 
+def test_a_continued_bar_says_so_until_there_is_more_to_say(train, notebook):
+    train(done=850)
+    texts = [bundle["text/plain"] for bundle in notebook if bundle["text/plain"]]
+    assert texts[0].startswith("mlp-64: continues\n")
+    assert texts[-1].startswith("mlp-64: epoch")
+
+
+@pytest.mark.parametrize("where", ["notebook", "terminal"])
+def test_a_run_that_ends_early_says_why_and_not_what_is_left(request, where, tmp_path):
+    shown = request.getfixturevalue(where)
+    read = shown(80) if where == "terminal" else lambda: shown[-1]["text/plain"]
+    progress = Progress("mlp-64", total=1000, done=0, log=tmp_path / "train.log", show=True)
+    progress.step(400)
+    progress.epoch(EPOCH, 20)
+    progress.end("stagnation: no better val_loss for 5 epochs")
+    progress.close()
+    last = read().strip().split("\r")[-1]
+    assert re.fullmatch(r"mlp-64: stagnation: no better val_loss for 5 epochs; epoch 3/20.*", last)
+    assert (
+        (tmp_path / "train.log")
+        .read_text()
+        .endswith("\nstagnation: no better val_loss for 5 epochs\n")
+    )
+
+
 def test_no_bar_where_nobody_watches(train, terminal, monkeypatch, capsys):
     train()
     assert capsys.readouterr() == ("", "")
