@@ -60,7 +60,9 @@ def findings(root: Path, *, index: bool = False) -> str:
     index: with the key figure, for a page in a folder of the project.
     """
     head = "| exercise | question | what the report found | claims: hold / not settled / fail |"
-    lines, home = [f"{head}{' key figure |' * index}", "|---" * (4 + index) + "|"], "../" * index
+    # GitHub shrinks a picture to what its column's words leave it.
+    figures = f" key figure{50 * '&nbsp;'} |" * index
+    lines, home = [f"{head}{figures}", "|---" * (4 + index) + "|"], "../" * index
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         first = "".join(read(path).cells[0].source)  # which JSON keeps in lines
         number, _, question = first.splitlines()[0].removeprefix("# ").partition(" ")
@@ -90,7 +92,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         reached = row["target"] and row["mean"] >= row["target"] - 1e-9
         verdict = "reached" if reached else "**missed**"
         target = "–" if row["target"] is None else f"{row['target']:g} {verdict}"
-        deviation = f" ± {row['std']:.2f}" if row["n"] > 1 else ""
+        deviation = f"\u00a0±\u00a0{row['std']:.2f}" if row["n"] > 1 else ""
         lines.append(
             f"| {report} | {row['model']} | {row['dataset']} | "
             f"**{row['mean']:.2f}**{deviation} | {row['n']} | {published} | {target} | "

@@ -67,8 +67,8 @@ def test_results_are_rebuilt_from_the_reports_alone(project):
     assert table.startswith("before\n")
     assert table.endswith("after\n")
     assert "STALE" not in table
-    assert "**81.23** ± 0.50 | 3 | 69.92 | 79 reached | 12,345" in table
-    assert "**94.00** ± 0.50 | 3 | – | 94.5 **missed**" in table
+    assert "**81.23**\u00a0±\u00a00.50 | 3 | 69.92 | 79 reached | 12,345" in table
+    assert "**94.00**\u00a0±\u00a00.50 | 3 | – | 94.5 **missed**" in table
 
 
 def test_findings_say_which_notebook_has_no_report_yet(project):
@@ -115,7 +115,7 @@ def test_a_single_run_has_no_deviation():
         [{**row(), "report": "r", "n": n, "std": 0.0} for n in (1, 3)]
     ).splitlines()[2:]
     assert "±" not in one
-    assert "± 0.00" in three
+    assert "±\u00a00.00" in three
 
 
 @pytest.mark.parametrize(
