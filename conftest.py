@@ -9,9 +9,10 @@ A new number may be atol + rtol * |stored| off: by TOLERANCES, or as the cell's 
     {"nbval": {"percent": {"atol": 12}, "loss": {"atol": 0.02, "rtol": 0.5}}}
 
 So a tolerance meant for percents never covers a loss. All else is compared to the letter: words,
-the dash of a missing number, whole numbers, which count things, and verdicts; only "not settled"
-may become "holds" or "fails", or come from them. Times and versions are masked
-(tests/nbval_sanitize.cfg). Plain text that repeats an output's HTML is left out.
+the dash of a missing number, whole numbers, which count things (but for epochs in a table, whose
+mean may happen to be whole), and verdicts; only "not settled" may become "holds" or "fails", or
+come from them. Times and versions are masked (tests/nbval_sanitize.cfg). Plain text that repeats an
+output's HTML is left out.
 """
 
 import html
@@ -35,6 +36,7 @@ VERDICTS = {"✔ holds", "✘ fails", "? not settled"}
 CLAIMS = "application/vnd.labutils+json"  # for `batch`, unrounded; the cell shows them as well
 # 97.50, -0.3, 1,234.5, 1.2e-08, 2e-15; not what is part of a word or of a version
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+(?:e[-+]\d+)?|e[-+]\d+)(?!\w|\.\d)")
+WHOLE = re.compile(NUMBER.pattern.replace("(?:\\.", "(?:|\\.", 1))  # or without a decimal point
 UNIT = r"(?:(?P<percent>%|points?\b)|(?P<loss>nats\b|loss\b)|(?P<epochs>epochs?\b))"
 IN_HEADING = re.compile(rf"(?<![^\W_]){UNIT}(?:\)|$)", re.MULTILINE)
 ALONE = r"(?:\s*\(n\s=\s1\))?"  # what mean_std puts behind the number of a single run
@@ -52,8 +54,13 @@ class Line(NamedTuple):
     def __str__(self) -> str:
         return ": ".join(filter(None, [self.headings.replace("\n", ", "), self.text.strip()]))
 
+    @property
+    def number(self) -> re.Pattern:
+        heading = IN_HEADING.search(self.headings)
+        return WHOLE if heading and heading.lastgroup == "epochs" else NUMBER
+
     def words(self) -> str:
-        return " ".join(NUMBER.sub(" \0 ", self.text).split())
+        return " ".join(self.number.sub(" \0 ", self.text).split())
 
     def kind(self, number: re.Match) -> str:
         joined = rf"(?:{SAME}|{LISTED})*" if number[0][0] in "+-" else rf"(?:{SAME})*"
@@ -62,7 +69,7 @@ class Line(NamedTuple):
         return unit.lastgroup if unit else "other"
 
     def too_far(self, new: "Line", tolerances: dict) -> Iterator[str]:
-        pairs = zip(NUMBER.finditer(self.text), NUMBER.finditer(new.text))
+        pairs = zip(self.number.finditer(self.text), self.number.finditer(new.text))
         for position, (old, now) in enumerate(pairs, 1):
             before, after = (float(number[0].replace(",", "")) for number in (old, now))
             tolerance = {"atol": 0, "rtol": 0} | tolerances[kind := self.kind(old)]

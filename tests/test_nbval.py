@@ -121,6 +121,14 @@ CASES = {
     "loss, too far": (stored("print('0.31 nats')", "0.24 nats\n"), "allowed 0.044 (loss)"),
     "epochs": (stored("print('5.5 to 10.5 epochs')", "4.0 to 12.0 epochs\n"), ""),
     "epochs, too far": (stored("print('5.5 to 9.5 epochs')", "5.5 to 12 epochs\n"), "words differ"),
+    "a mean of epochs in a table may be whole": (
+        stored_tables(("DataFrame({'epochs': ['46.7']})", "DataFrame({'epochs': ['48']})")),
+        "",
+    ),
+    "a whole mean of epochs, too far": (
+        stored_tables(("DataFrame({'epochs': ['46']})", "DataFrame({'epochs': ['49']})")),
+        "stored 49, new 46, differs by 3, allowed 2 (epochs)",
+    ),
     "compared numbers share the unit": (
         stored("print('78.30 < 96.96 ± 0.20 < 98.96 %')", "79.30 < 95.96 ± 1.00 < 98.90 %\n"),
         "",
