@@ -151,7 +151,7 @@ def cam(image, model, method, layer, class_name, out) -> None:
     \b
     python -m labutils cam horse.jpg                                  the plain map of a CNN
     python -m labutils cam horse.jpg --class deer                     what speaks for another class
-    python -m labutils cam church.jpg --model 2.3_imagenette_resnet18_seed0   one of photographs
+    python -m labutils cam church.jpg --model 2.3_imagenette_resnet18-60-epochs_seed0
     python -m labutils cam horse.jpg --model 1.3_fastnet_seed0 --method gradcam
     """
     from .methods.pictures import explain_file
