@@ -28,11 +28,11 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
 def write(root: Path) -> list[dict[str, Any]]:
     """Rebuild them all from the reports; returns the rows of results.json."""
-    rows, pages = collect(root / "reports"), {}
+    rows, index, pages = collect(root / "reports"), findings(root, index=True), {}
     for page, name, table in (
         ("README.md", "findings", findings(root)),
-        ("notebooks/README.md", "findings", findings(root, index=True)),
-        ("reports/README.md", "findings", findings(root, index=True)),
+        ("notebooks/README.md", "findings", index),
+        ("reports/README.md", "findings", index),
         ("reports/README.md", "results", markdown_table(rows)),
     ):
         path = root / page

@@ -152,12 +152,8 @@ class Progress:
 
     def __init__(self, name: str, *, total: int, done: int, log: Path, show: bool) -> None:
         where = watched() if show else None
-        settings = {
-            "desc": f"{name}: continues" if done else name,
-            "total": total,
-            "initial": done,
-            "unit": " images",
-        }
+        described = f"{name}: continues" if done else name
+        settings = {"desc": described, "total": total, "initial": done, "unit": " images"}
         shape, kind = "{desc} |{bar}| {remaining} left, {rate_fmt}", tqdm
         if where == "notebook":
             kind, shape = _NotebookBar, shape.replace(" |{bar}", "\n|{bar:40}")
