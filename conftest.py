@@ -35,8 +35,8 @@ TOLERANCES = {
 VERDICTS = {"✔ holds", "✘ fails", "? not settled"}
 CLAIMS = "application/vnd.labutils+json"  # for `batch`, unrounded; the cell shows them as well
 # 97.50, -0.3, 1,234.5, 1.2e-08, 2e-15; not what is part of a word or of a version
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+(?:e[-+]\d+)?|e[-+]\d+)(?!\w|\.\d)")
-WHOLE = re.compile(NUMBER.pattern.replace("(?:\\.", "(?:|\\.", 1))  # or without a decimal point
+FORM = r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+(?:e[-+]\d+)?|e[-+]\d+){}(?!\w|\.\d)"
+NUMBER, WHOLE = re.compile(FORM.format("")), re.compile(FORM.format("?"))  # or no decimal point
 UNIT = r"(?:(?P<percent>%|points?\b)|(?P<loss>nats\b|loss\b)|(?P<epochs>epochs?\b))"
 IN_HEADING = re.compile(rf"(?<![^\W_]){UNIT}(?:\)|$)", re.MULTILINE)
 ALONE = r"(?:\s*\(n\s=\s1\))?"  # what mean_std puts behind the number of a single run

@@ -17,9 +17,9 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from pandas import DataFrame, Series, factorize
 from scipy.stats import binomtest
 
-PALETTE, GREY = sns.color_palette("colorblind"), "0.45"
+PALETTE, GREY = [*sns.color_palette("colorblind"), *sns.color_palette("dark")], "0.45"
 COLORS = {"plain": 0, "residual": 1, "batchnorm": 2, "he": 4, "control": 7, "ours": 9}
-OTHERS = (0, 1, 2, 4, 8, 9, 5, 6, 7)  # without the red, which is too near to the orange
+OTHERS = (0, 1, 2, 4, 8, 9, 5, 6, 7, *range(10, 20))  # no red: too near to the orange
 BAND = "band: lowest to highest"
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # a legend right of the axes
 FRAME = {"figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False}
@@ -274,15 +274,23 @@ def heatmap(table: DataFrame, *, title: str, label: str) -> Figure:
 
     The colours span 5 units at least, so that differences by chance do not look like findings.
     """
+    table = table.replace([np.inf, -np.inf], np.nan)
     low, high = table.min(axis=None), table.max(axis=None)
     more = max(0.0, 5 - (high - low)) / 2
     figure, (axis,) = _figure(title, 2.2 + 0.85 * table.shape[1], 1.3 + 0.5 * table.shape[0])
     cells = {"annot": True, "fmt": ".1f", "linewidths": 0.5, "cbar_kws": {"label": label}}
     cells |= {"vmin": low - more, "vmax": high + more}
     sns.heatmap(table, ax=axis, cmap="viridis", **cells)
-    axis.tick_params(length=0, rotation=0)
+    _slant(axis, table.columns)
     axis.invert_yaxis()
     return figure
+
+
+def _slant(axis, names: Sequence) -> None:
+    """Ticks without a line; the names below slanted where longer ones would run into each other."""
+    axis.tick_params(length=0, rotation=0)
+    if max((len(str(name)) for name in names), default=0) > 7:
+        plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
 
 
 @_styled
@@ -290,7 +298,7 @@ def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
     """Images of the row's class taken for the column's; no text for more than 30 classes."""
     matrix = np.asarray(matrix)
     hits, readable = np.eye(len(matrix), dtype=bool), len(matrix) <= 30
-    side = max(5.5, 0.48 * len(matrix) + 1.6) if readable else 9.0
+    side = min(9.0, max(5.5, 0.48 * len(matrix) + 1.6)) if readable else 9.0
     figure, (axis,) = _figure(title, side + 0.8, side)
     counts = np.where(matrix > 0, matrix.astype(str), "") if readable else None
     cells = {"annot": counts, "fmt": "", "square": True, "linewidths": 0.5 * readable, "ax": axis}
@@ -299,9 +307,7 @@ def confusion(matrix, classes: Sequence[str], *, title: str) -> Figure:
     sns.heatmap(matrix, mask=hits, cmap="Reds", cbar_kws=bar, **cells)
     sns.heatmap(matrix, mask=~hits, cmap=["0.93"], cbar=False, annot_kws={"color": "0.4"}, **cells)
     axis.set(xlabel="predicted class", ylabel="true class")
-    axis.tick_params(length=0, rotation=0)
-    if max(map(len, classes), default=0) > 7:  # longer names would run into each other
-        plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
+    _slant(axis, classes)
     return figure
 
 

@@ -369,6 +369,32 @@ def test_long_class_names_below_a_confusion_matrix_do_not_overlap():
     assert {label.get_rotation() for label in short.axes[0].get_xticklabels()} == {0.0}
 
 
+@pytest.mark.parametrize("count", [18, 30])
+def test_a_confusion_matrix_is_no_taller_than_wide(count):
+    figure = plots.confusion(np.eye(count, dtype=int), ["x"] * count, title="")
+    assert figure.get_figheight() <= figure.get_figwidth() <= 10
+
+
+def test_long_column_names_below_a_heatmap_do_not_overlap():
+    table = pd.DataFrame([[1.0] * 6], columns=[f"a name of twenty-two {i}" for i in range(6)])
+    figure = plots.heatmap(table, title="", label="")
+    labels = figure.axes[0].get_xticklabels()
+    assert {label.get_rotation() for label in labels} == {40}
+
+
+def test_a_heatmap_leaves_out_what_is_not_finite():
+    table = pd.DataFrame([[10.0, np.inf], [90.0, -np.inf]])
+    [drawn] = plots.heatmap(table, title="", label="").axes[0].collections
+    assert drawn.get_clim() == (10, 90)
+
+
+def test_fifteen_names_have_fifteen_colours():
+    table = pd.DataFrame({"x": 1.0, "y": 2.0, "hue": [f"network {i}" for i in range(15)]})
+    figure = plots.lines(table, x="x", y="y", hue="hue", title="")
+    colours = {line.get_color() for line in figure.axes[0].lines}
+    assert len(colours) == 15
+
+
 def test_a_confusion_matrix_of_many_classes_has_neither_numbers_nor_names():
     matrix = np.random.default_rng(0).integers(0, 9, (100, 100))
     names = [f"class {number}" for number in range(100)]

@@ -90,8 +90,8 @@ class Augment:
 
     crop: Pixels = 0  # whole pixels, either way, on both axes; the border is mirrored
     flip: Literal["none", "random", "alternating"] = "none"  # left and right; see Split.shuffled
-    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
     translate: NonNegativeFloat = 0.0  # pixels, either way, on both axes
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
     zoom: Fraction = 0.0  # scale drawn from [1 - zoom, 1 + zoom]
     area: Annotated[float, Field(gt=0, le=1)] = 1.0  # least area of a window drawn, of the image's
     cutout: Pixels = 0  # side of a square that is blanked

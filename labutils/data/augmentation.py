@@ -72,7 +72,7 @@ def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Ten
     """
     n, _, height, width = images.shape
     drawn = torch.rand(4, n, generator=generator).mul_(2).sub_(1)
-    turn, scale, right, down = drawn.to(images.device, non_blocking=True)
+    turn, scale, right, down = drawn.to(images.device, non_blocking=images.is_cuda)
     angle, zoom = turn * math.radians(augment.rotate), 1 + scale * augment.zoom
     cos, sin, reach = angle.cos() / zoom, angle.sin() / zoom, 2 * augment.translate
     # Grid coordinates run from -1 to 1 on both axes, so a rotation scales by the aspect ratio.
@@ -91,7 +91,7 @@ def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Ten
 def _in_window(row_x, row_y, least: float, generator: torch.Generator) -> tuple:
     """Rows of an affine map, applied to a random part of the square [-1, 1]^2 instead of it all."""
     drawn = torch.rand(4, len(row_x[0]), generator=generator)
-    share, ratio, right, down = drawn.to(row_x[0].device, non_blocking=True)
+    share, ratio, right, down = drawn.to(row_x[0].device, non_blocking=row_x[0].is_cuda)
     share, ratio = least + share * (1 - least), (4 / 3) ** (2 * ratio - 1)
     width, height = (share * ratio).sqrt().clamp(max=1), (share / ratio).sqrt().clamp(max=1)
     x, y = (2 * right - 1) * (1 - width), (2 * down - 1) * (1 - height)

@@ -187,6 +187,6 @@ def _download(name: str) -> None:
 
 
 def _folder(name: str, size: int | None) -> Raw:
-    root = project_dir() / Path(name.removeprefix("folder:")).expanduser()
+    root = project_dir() / os.path.expanduser(name.removeprefix("folder:"))  # noqa: PTH111
     classes, splits = read_folder(root, size or 64)
     return f"folder {root.name}, {size or 64} px", classes, splits

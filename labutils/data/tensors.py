@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.settings import Augment
+from ..base.settings import Augment, Pixels, PositiveInt, Seed, check
 from .augmentation import blank, crop_and_flip, distort, draw, generator
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # images float32 [n, C, H, W], normalised; labels [n]
 PLAIN = Augment()
+_SHUFFLED = {"batch_size": PositiveInt, "seed": Seed, "epoch": Pixels, "start": Pixels}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Split:
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [n, C, H, W] -> float32 [n, C, H, W] with zero mean and unit deviation on train."""
         statistics = torch.tensor([self.mean, self.std]).view(2, 1, -1, 1, 1) * 255
-        mean, std = statistics.to(images.device, non_blocking=True)
+        mean, std = statistics.to(images.device, non_blocking=images.is_cuda)
         return images.to(torch.float32, copy=True).sub_(mean).div_(std)
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -63,8 +64,10 @@ class Split:
         image, which batch normalisation cannot take, is left out. augment.flip: 'random' draws half
         of the images every epoch, 'alternating' once, so that two show each both ways
         (https://arxiv.org/abs/2404.00498).
-        Raises ValueError if the images are too small for augment.crop or augment.cutout.
+        Raises ValueError for numbers below these, and for images too small for augment.
         """
+        given = {"batch_size": batch_size, "seed": seed, "epoch": epoch, "start": start}
+        check("shuffled", _SHUFFLED, given)  # plain whole numbers, not NumPy's: they make the key
         count, device, num_batches = len(self), self.images.device, self.num_batches(batch_size)
         order = torch.randperm(count, generator=generator(seed, epoch))[: num_batches * batch_size]
         # For the whole epoch at once: these depend on the image alone, and no GPU waits for them.

@@ -20,7 +20,8 @@ def observed(model: nn.Module, after: Callable[[str, nn.Module, Tensor], None]) 
 
     def hook(layer: nn.Module, _: tuple, output: Tensor) -> None:
         if layer in names:
-            after(names[layer], layer, output)
+            # A recurrent layer returns its last state as well.
+            after(names[layer], layer, output[0] if isinstance(output, tuple) else output)
 
     # A hook for all modules comes off in one go, even when an error ends the block.
     with register_module_forward_hook(hook):

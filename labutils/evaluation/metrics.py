@@ -145,7 +145,7 @@ def calibration_bins(logits: Tensor, labels: Tensor) -> "pd.DataFrame":
     import pandas as pd
 
     # Clamped, so that a confidence of 1 is in the last bin.
-    confidence, preds = logits.cpu().softmax(dim=1).clamp(max=1 - 2**-24).max(dim=1)
+    confidence, preds = logits.cpu().float().softmax(dim=1).clamp(max=1 - 2**-24).max(dim=1)
     bins = torch.bucketize(confidence, torch.linspace(0, 1, 16), right=True) - 1
     rows = torch.stack([confidence, (preds == labels.cpu()).float(), torch.ones_like(confidence)])
     # Summed in float32, as torchmetrics does: so were the published values.

@@ -60,7 +60,9 @@ def class_activation_map(
     """
     _check_images(model, images)
     pool = model.pool.modules() if isinstance(model, ConvNet) else ()
-    averages = any(isinstance(p, nn.AdaptiveAvgPool2d) and p.output_size == 1 for p in pool)
+    averages = any(
+        isinstance(p, nn.AdaptiveAvgPool2d) and p.output_size in (1, (1, 1)) for p in pool
+    )
     if not averages:
         kind, others = type(model).__name__, ", ".join(METHODS)
         problem = f"{kind} does not average its last maps before a linear head"
@@ -77,6 +79,7 @@ def class_activation_map(
     return _explanation(raws, logits, wanted, images)
 
 
+@torch.inference_mode(False)
 def explain(
     model: nn.Module,
     images: Tensor,
@@ -87,16 +90,20 @@ def explain(
     """A map by a method of the package grad-cam; returns what class_activation_map does.
 
     images: float [N, C, H, W], normalised; class_idx: as there. method: a key of METHODS, or 'cam'
-        for class_activation_map itself. layer: a module whose output is maps, as named in
-        model.named_modules(); None: its last stage.
+        for class_activation_map itself, at the last stage. layer: of the others, a module whose
+        output is maps, as named in model.named_modules(); None: the last stage.
     The raw map is the package's before it cuts off what is negative and rescales each image. The
     model is left as it was: mode, gradients, what is frozen, hooks, also after an error.
     Raises ValueError for a method or layer that does not exist or has no maps, and as above.
     """
+    kinds = {"method": Literal[*METHODS, "cam"], "layer": str | None}
+    check("explain", kinds, {"method": method, "layer": layer})
+    if method == "cam" and layer is not None:
+        problem = f"explain: layer = {layer!r}, where 'cam' takes the last stage"
+        raise ValueError(f"{problem}. Leave it, or choose another method: {', '.join(METHODS)}.")
     if method == "cam":
         return class_activation_map(model, images, class_idx)
     _check_images(model, images)
-    check("explain", {"method": Literal[*METHODS, "cam"]}, {"method": method})
     name, num_classes = _layer(model, images, layer)
     wanted = _wanted(class_idx, len(images), num_classes)
     package = importlib.import_module("pytorch_grad_cam")
@@ -105,10 +112,11 @@ def explain(
     # layer: nothing below it needs one, and the layers above it are the cheap ones.
     model = copy.deepcopy(model).eval().requires_grad_(False)
     target = model.get_submodule(name)
-    # Cloned, since the next layer may write its result over what it is given.
-    target.register_forward_hook(lambda _, __, maps: maps.requires_grad_(True).clone())
+    target.register_forward_hook(lambda _, __, maps: maps.requires_grad_(True))
     raws, logits = [], []
     cam = getattr(package, METHODS[method])(model=model, target_layers=[target])
+    # After its hooks, which keep the maps: the next layer may write over what it is given.
+    target.register_forward_hook(lambda _, __, maps: maps.clone())
     compute = cam.get_cam_image
 
     def keep(images, layer, targets, maps, *others):
@@ -159,7 +167,7 @@ def _explanation(raws, logits, wanted: Tensor, images: Tensor) -> Explanation:
     if len(bad := (~logits.isfinite().all(dim=1)).nonzero()):
         problem = f"the model's logits are not finite for image {int(bad[0])}"
         raise ValueError(f"{problem}. Check its weights, and that the images are normalised.")
-    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    confidence, predicted = logits.softmax(dim=1).amax(dim=1), logits.argmax(dim=1)
     wanted = wanted.to(predicted.device)
     classes = torch.where(wanted < 0, predicted, wanted)
     raw = torch.cat(raws).to(images.device)
@@ -174,6 +182,11 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
         raise ValueError(f"images are {kind}. Give {needed}.")
     if not len(images):
         raise ValueError("images: there are none. Give at least one.")
+    first = next(model.parameters(), images)
+    if (images.dtype, images.device) != (first.dtype, first.device):
+        problem = f"images are {images.dtype} on {images.device}"
+        wanted = f"{first.dtype} on {first.device}, as the model is"
+        raise ValueError(f"{problem}. Give {wanted}: images.to(next(model.parameters())).")
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if channels not in (None, images.shape[1]):
         problem = f"images have {images.shape[1]} channels, the model takes {channels}"

@@ -25,7 +25,7 @@ from ..training.watch import warn
 
 
 class Teacher:
-    """A finished run that teaches. Raises RunError where only its card is published.
+    """A finished run that teaches. Raises RunError for an interrupted one, or a card alone.
 
     classes: for each class of the data, which of the run's outputs answers for it; () is each its
         own. A permutation makes a teacher that is as sure of itself, of the wrong classes.
@@ -36,6 +36,7 @@ class Teacher:
         classes = np.asarray(classes).tolist()  # of NumPy's numbers too
         given = {"run": run, "classes": classes}
         check("Teacher", {"run": InstanceOf[Run], "classes": list[int]}, given)
+        run.require_finished()
         self.run, self.classes, self._model = run, classes, run.network()
         # By these its records are known: a run that was trained anew may have others.
         self._weights = weights_digest(self._model.state_dict())

@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -82,11 +83,12 @@ def quadrant(maps: Tensor, index: int) -> Tensor:
 def ranks(maps: Tensor) -> Tensor:
     """The place of each pixel in the order of its map [N, H, W], 0 for the highest: int64.
 
-    Among equal pixels the order is random, lest a flat map be credited with the first ones.
+    Among equal pixels the order is random, another for each map, lest a flat one be credited.
     """
     values = maps.flatten(1).cpu()
-    order = torch.from_numpy(np.random.default_rng(0).permutation(values.shape[1]))
-    ranked = order[values[:, order].argsort(dim=1, descending=True, stable=True)]
+    order = torch.from_numpy(np.random.default_rng(0).random(values.shape)).argsort(dim=1)
+    shuffled = values.gather(1, order).argsort(dim=1, descending=True, stable=True)
+    ranked = order.gather(1, shuffled)
     return ranked.argsort(dim=1).view_as(maps)
 
 
@@ -108,8 +110,12 @@ def removal(
     One row an image, a column for each fraction of the pixels that are taken or added, 0 to 1;
     their mean stands for the area under the curve (deletion and insertion of Petsiuk et al. 2018,
     https://arxiv.org/abs/1806.07421; ROAD of Rong et al. 2022, https://arxiv.org/abs/2202.00449,
-    depends on the fill alone).
+    depends on the fill alone). Raises ValueError for shapes that do not fit each other.
     """
+    if maps.shape != (len(classes), *images.shape[2:]) or len(classes) != len(images):
+        shapes = f"{list(images.shape)}, {list(maps.shape)} and {list(classes.shape)}"
+        needed = "[N, C, H, W], [N, H, W] and [N]"
+        raise ValueError(f"removal: images, maps and classes are {shapes}. Give {needed}.")
     ranked, pixels, curves = ranks(maps)[:, None], maps[0].numel(), {}
     with in_mode(model, training=False), torch.inference_mode():
         for fraction in np.linspace(0, 1, steps + 1):
@@ -129,7 +135,7 @@ def fill_grey(images: Tensor, gone: Tensor) -> Tensor:
 
 def fill_blurred(images: Tensor, gone: Tensor) -> Tensor:
     """A strongly blurred image where something is gone, which leaves no edges."""
-    size = max(3, images.shape[2] // 4 * 2 + 1)
+    size = max(3, min(images.shape[2:]) // 4 * 2 + 1)
     down, right = (_box_twice(side, size).to(images) for side in images.shape[2:])
     blurred = down.T @ images @ right
     return torch.where(gone, blurred, images)
@@ -153,9 +159,8 @@ def fill_from_neighbours(images: Tensor, gone: Tensor) -> Tensor:
     from pytorch_grad_cam.metrics.road import NoisyLinearImputer
 
     impute, filled = NoisyLinearImputer(noise=0.01), []
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with _own_random_numbers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it hands tensors to NumPy
-        torch.manual_seed(0)
         for image, missing in zip(images.cpu(), gone[:, 0].cpu()):
             # Where all is missing, no neighbour knows anything.
             some = missing.any() and not missing.all()
@@ -163,11 +168,22 @@ def fill_from_neighbours(images: Tensor, gone: Tensor) -> Tensor:
     return torch.stack(filled).to(images.device)
 
 
+@contextmanager
+def _own_random_numbers(seed: int = 0) -> Iterator[None]:
+    """Random numbers of the seed, and afterwards the caller's, on the CPU and all GPUs."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
 def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
     """Spearman's of each map with the other of its image, both float [N, h, w]: float [N].
 
-    0 where one of the two is the same everywhere.
+    0 where one of the two is the same everywhere. Raises ValueError for shapes that differ.
     """
+    if maps.shape != others.shape:
+        shapes = f"{list(maps.shape)} and {list(others.shape)}"
+        raise ValueError(f"rank_correlation: maps are {shapes}. Give the same size for both.")
     tables = (pd.DataFrame(values.flatten(1).cpu().numpy()) for values in (maps, others))
     ranks, others_ranks = (table.rank(axis=1) for table in tables)
     return ranks.corrwith(others_ranks, axis=1).fillna(0).to_numpy()
@@ -185,8 +201,7 @@ def randomisation(
     """
     broken, rows = copy.deepcopy(model), {}
     original = explain(broken)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _own_random_numbers(seed):
         for name, layer in reversed(list(broken.named_modules())):
             if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
                 layer.reset_parameters()

@@ -70,8 +70,10 @@ class Explorer(widgets.VBox):
         number, file, class_idx, method, layer, strength, x, y = values
         self.controls["image"].disabled = bool(file)
         self.controls["layer"].disabled = method == "cam"  # which has no choice
+        layer = None if method == "cam" else layer
         try:
-            image, about, found = self._explained(number, file, class_idx, method, layer)
+            explained = self._explain if file else self._explained  # a file may be another by now
+            image, about, found = explained(number, file, class_idx, method, layer)
             title = f"{about}. {verdict(found, self._classes, 0)}"
             options = {"title": title, "strength": strength, "pixel": (x, y)}
             png = io.BytesIO()

@@ -39,10 +39,12 @@ def save_cam_visualization(
     """
     check("save_cam_visualization", {"per_class": PositiveInt}, {"per_class": per_class})
     counts = {len(images), len(explanation.raw), len(labels)}
-    if len(counts) > 1 or images.dtype != torch.uint8:
-        found = f"{len(images)} images of {images.dtype}, {len(explanation.raw)} maps"
-        problem = f"{found}, {len(labels)} labels"
-        raise ValueError(f"save_cam_visualization: {problem}. Give uint8 images, as many of each.")
+    fits = images.dtype == torch.uint8 and images.shape[2:] == explanation.size
+    if len(counts) > 1 or not fits:
+        found = f"images are {images.dtype} {list(images.shape)}, {len(labels)} labels"
+        needed = f"uint8 [{len(explanation.raw)}, C, {explanation.size[0]}, {explanation.size[1]}]"
+        problem = f"{found}. The explanation is of {needed}"
+        raise ValueError(f"save_cam_visualization: {problem}: give these, and as many labels.")
     written, maps, order = [], explanation.maps.cpu(), torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(images), generator=order).tolist()
     labels, predicted = labels.tolist(), explanation.predicted.tolist()

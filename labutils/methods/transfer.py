@@ -19,7 +19,7 @@ from ..data.tensors import ImageData, Split
 from ..models import registry
 from ..models.convnets import ConvNet
 from ..models.registry import in_mode
-from ..training.cards import RunError, save_weights
+from ..training.cards import save_weights
 from ..training.key import as_its_spec, remember_origin, weights_digest
 from ..training.runs import Run, open_stored
 
@@ -47,7 +47,7 @@ def features(
     check("features", {"stages": list[Literal[*model.stages, "pool"]]}, {"stages": wanted})
     if not len(split):
         raise ValueError("features: the split is empty. Give one with at least one image.")
-    if not as_its_spec(model):  # nothing tells what a part of your own computes
+    if type(split) is not Split or not as_its_spec(model):  # nothing tells what your own code does
         return _features(model, split, wanted, grid)
     seen = {"images": split.images, "statistics": torch.tensor([split.mean, split.std])}
     content = [weights_digest(model.state_dict() | seen), str(model), wanted, grid]
@@ -157,7 +157,6 @@ def freeze(model: ConvNet, *, up_to: str) -> ConvNet:
 
 def _trained(run: Run) -> nn.Module:
     """A new network with the weights that are stored."""
-    if run.stop_reason == "interrupted":
-        raise RunError(f"{run.name} is interrupted. Train it to the end, then start from it.")
+    run.require_finished()
     run.require_model()
     return open_stored(run.path).require_model()

@@ -17,10 +17,10 @@ class FastNet(ConvNet):
     From David Page, https://myrtle.ai/learn/how-to-train-your-resnet-8-bag-of-tricks/: the first
     convolution whitens small patches; batch norm learns an offset alone and comes after pooling;
     the largest value of each last map goes into the head, whose logits are scaled down. From
-    https://github.com/tysam-code/hlb-CIFAR10: patches of 2x2 without padding, GELU. From Keller
-    Jordan, https://github.com/KellerJordan/cifar10-airbench, https://arxiv.org/abs/2404.00498: each
-    whitening filter also negated, so that nothing is lost in the activation; two convolutions a
-    stage, which start out as the identity; batch statistics that forget 40 % a step; scale 1/9.
+    https://github.com/tysam-code/hlb-CIFAR10: patches of 2x2 without padding, GELU, statistics that
+    forget 40 % a step, scale 1/9. From Keller Jordan, https://arxiv.org/abs/2404.00498 and
+    https://github.com/KellerJordan/cifar10-airbench: each whitening filter also negated, so that
+    nothing is lost in the activation; two convolutions a stage, which start out as the identity.
     """
 
     def __init__(

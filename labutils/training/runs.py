@@ -114,6 +114,11 @@ class Run:
         options = {"precision": self.info.get("precision", "float32"), "tta": name == "test_flip"}
         return metrics.evaluate(model, data.test, **options)
 
+    def require_finished(self) -> None:
+        """Raises RunError for a run that was interrupted: it goes on, and will be another."""
+        if self.stop_reason == "interrupted":
+            raise RunError(f"{self.name} is interrupted. Train it to the end first.")
+
     def require_model(self) -> nn.Module:
         """The model with its best weights. Raises RunError where only the card was published."""
         if self.model is None:
@@ -271,8 +276,7 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
     Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
     ValueError for a name that is no file name or a key not its own.
     """
-    if run.stop_reason == "interrupted":
-        raise RunError(f"{run.name}: interrupted runs are not published. Train it to the end.")
+    run.require_finished()
     path = models_dir() / f"{run.name}-{run.key}.json"
     cards.require_own(path.stem, run.name, run.key, run.info)
     stored = path.with_suffix(".safetensors")

@@ -93,6 +93,18 @@ def test_distortion_equals_a_slow_loop_over_pixels(augment, size):
             np.testing.assert_allclose(found[number, channel], expected, atol=1e-4)
 
 
+def test_an_image_is_shifted_before_it_is_turned():
+    # As the settings are listed. A turn takes a shift along both axes further along one of them.
+    images = torch.zeros(2_000, 1, 63, 63)
+    images[:, :, 31, 31] = 1
+    augment = Augment(translate=10, rotate=45)
+    found = augmentation.distort(images, augment, torch.Generator().manual_seed(0))
+    rows = found.amax((1, 3)).argmax(1)
+    assert 13 <= (rows - 31).abs().max() <= 14.2  # 10 * sqrt(2)
+    fields = list(Augment.__dataclass_fields__)
+    assert fields.index("translate") < fields.index("rotate") < fields.index("zoom")
+
+
 def test_a_rotation_is_torchvisions_also_on_wide_images():
     # Inside the circle that a turn cannot leave, the border does not matter.
     rows, columns = np.indices((11, 21))

@@ -290,7 +290,7 @@ def test_what_programs_hide_beside_images_is_no_class_and_no_image(tree):
 
 
 def test_what_is_no_file_is_said_to_be_none(tmp_path):
-    for path in (tmp_path, tmp_path / "absent.png"):
+    for path in (tmp_path, tmp_path / "absent.png", "x" * 300):
         with pytest.raises(DataError, match=rf"^{path} is no file\."):
             folder.decode(path, 8)
 
@@ -308,3 +308,9 @@ def test_a_relative_path_begins_at_the_project(tree, tmp_path, monkeypatch):
     tree({"train/a/x.png": plain(1), "val/a/x.png": plain(2)})
     monkeypatch.setattr(sources, "project_dir", lambda: tmp_path)
     assert labelled(read("folder:tree").train) == {(1, 0)}
+
+
+def test_the_home_of_nobody_is_a_folder_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "project_dir", lambda: tmp_path)
+    with pytest.raises(DataError, match=r"~nouser/x holds none of train/"):
+        read("folder:~nouser/x")

@@ -337,6 +337,16 @@ def test_an_epoch_makes_no_second_copy_of_the_images(monkeypatch):
     assert 0 < held.largest < 0.1 * pixels.nbytes
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("batch_size", -3), ("seed", np.int64(3)), ("epoch", -1), ("start", -1)],
+)
+def test_an_epoch_names_numbers_that_make_none(digits, name, value):
+    given = {"batch_size": 8, "seed": 0, "epoch": 0, "start": 0}
+    with pytest.raises(ValueError, match=rf"^shuffled: {name} = "):
+        next(digits.train.shuffled(**given | {name: value}))
+
+
 def test_no_batch_waits_for_the_device():
     # Reading a value of a tensor without values fails.
     split = lab.load_data("digits", device="meta").train

@@ -324,3 +324,19 @@ def test_a_layer_that_is_used_twice_shows_its_last_output():
     model = nn.Sequential(nn.Linear(6, 4), shared, nn.Linear(4, 5), shared)
     row = lab.activation_stats(model, batch()).loc["1"]
     assert row.rms == pytest.approx(model(batch()[0]).square().mean().sqrt().item())
+
+
+def test_of_a_recurrent_layer_the_outputs_are_shown():
+    recurrent = nn.LSTM(8, 6, batch_first=True)
+    model = nn.Sequential(nn.Flatten(1, 2), recurrent, Last())
+    images, labels = torch.randn(4, 1, 5, 8), torch.tensor([0, 1, 2, 3])
+    rms = recurrent(images.flatten(1, 2))[0].square().mean().sqrt().item()
+    assert lab.activation_stats(model, (images, labels)).loc["1"].rms == pytest.approx(rms)
+    rows = lab.summary(model, (1, 5, 8))
+    assert list(rows.output) == ["5x8", "5x6", "6", "6"]
+    assert rows.parameters["total"] == rows.parameters["1"] == 4 * 6 * (8 + 6 + 2)
+
+
+class Last(nn.Module):
+    def forward(self, found):
+        return found[0][:, -1]

@@ -6,6 +6,7 @@ import math
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,6 +142,13 @@ def test_calibration_bins_agree_with_a_slow_loop(case):
     assert list(bins.images) == list(images)
     assert list(bins.confidence) == pytest.approx(confidence, abs=1e-5)
     assert list(bins.accuracy) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_calibration_bins_take_logits_of_any_precision(dtype):
+    logits, labels = torch.tensor([[5.0, 0.0], [8.0, 0.0], [100.0, 0.0]]), torch.tensor([0, 1, 0])
+    found = lab.calibration_bins(logits.to(dtype), labels)
+    pd.testing.assert_frame_equal(found, lab.calibration_bins(logits, labels))
 
 
 @pytest.mark.parametrize("case", [*CASES, "as many as CIFAR-10 has, all sure"])

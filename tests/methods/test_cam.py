@@ -130,6 +130,53 @@ def test_every_method_gives_what_the_package_gives(method, capfd):
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
+IN_PLACE = [
+    ("CNN", "stages.stage2.1"),
+    ("CNN", "stages.stage1.4"),
+    ("ResNet", "stages.stage2.0.bn2"),
+]
+
+
+@pytest.mark.parametrize(("kind", "layer"), IN_PLACE)
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "layercam"])
+def test_a_layer_that_the_next_one_writes_over_has_the_map_of_its_own_output(kind, layer, method):
+    model, images = make(kind).eval(), some_images(4)
+    kept = []
+
+    def keep(part, inputs, output):  # a copy goes on
+        output.retain_grad()
+        kept.append(output)
+        return output.clone()
+
+    found = lab.explain(model, images, method, layer, class_idx=1)
+    with model.get_submodule(layer).register_forward_hook(keep):
+        model(images)[:, 1].sum().backward()
+    maps, gradients = kept[0].detach(), kept[0].grad
+    weights = {
+        "gradcam": gradients.mean((2, 3), keepdim=True),
+        "hirescam": gradients,
+        "layercam": gradients.relu(),
+    }
+    expected = (weights[method] * maps).sum(1)
+    torch.testing.assert_close(found.raw, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_of_equal_probabilities_the_class_that_is_explained_is_the_predicted_one():
+    model = make()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor([0.0, 1e-8, 0.0, 0.0, 0.0]))
+    found = lab.class_activation_map(model, some_images(2))
+    assert found.classes.tolist() == found.predicted.tolist() == [1, 1]
+
+
+def test_an_average_over_both_axes_is_an_average():
+    model = make()
+    expected = lab.class_activation_map(model, some_images(2))
+    model.pool[0] = nn.AdaptiveAvgPool2d((1, 1))
+    assert torch.equal(lab.class_activation_map(model, some_images(2)).raw, expected.raw)
+
+
 def test_eigencam_is_the_first_component_and_high_where_the_maps_are():
     model, images = make(), some_images(40)
     found = lab.explain(model, images, "eigencam").raw
@@ -152,8 +199,9 @@ def test_scorecam_takes_one_image_at_a_time():
 @pytest.mark.parametrize("method", ["gradcam", "layercam"])
 def test_maps_are_the_same_where_no_gradients_are_recorded(method):
     expected = lab.explain(make(), some_images(2), method).raw
-    with torch.no_grad():
-        assert lab.explain(make(), some_images(2), method).raw.equal(expected)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert lab.explain(make(), some_images(2), method).raw.equal(expected)
 
 
 @pytest.mark.parametrize("layer", ["stages.stage1", "stages.stage1.3", "stages.stage2.0"])
@@ -245,6 +293,10 @@ BAD = {
     "bytes": ({"images": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, r"images are torch.uint8"),
     "no tensor": ({"images": "cat.png"}, r"images are cat.png\. Give normalised images"),
     "no image": ({"images": some_images(0)}, r"images: there are none"),
+    "numbers of NumPy": (
+        {"images": some_images(1).double()},
+        r"images are torch.float64 on cpu\. Give torch.float32 on cpu, as the model is",
+    ),
     "grey": ({"images": some_images(3, 1)}, r"images have 1 channels, the model takes 3.*expand"),
 }
 
@@ -274,6 +326,13 @@ def test_a_layer_without_maps_is_named_with_those_that_have_some(layer):
     wanted = rf"layer = {layer!r} has no maps .* with maps: stages.stage1, stages.stage1.0, .*"
     with pytest.raises(ValueError, match=wanted):
         lab.explain(make(), some_images(1), layer=layer)
+
+
+def test_a_layer_is_one_name_and_none_of_the_plain_map():
+    with pytest.raises(ValueError, match=r"explain: layer = \['stages.stage1'\]\."):
+        lab.explain(make(), some_images(1), layer=["stages.stage1"])
+    with pytest.raises(ValueError, match=r"layer = 'stages.stage1', where 'cam' takes the last"):
+        lab.explain(make(), some_images(1), "cam", layer="stages.stage1")
 
 
 def test_without_stages_a_layer_has_to_be_given():

@@ -240,6 +240,13 @@ def test_a_card_alone_cannot_teach(teacher):
         lab.Teacher(replace(teacher.run, model=None))
 
 
+def test_an_interrupted_run_cannot_teach(taught_by):
+    # It goes on under the same key, by which its students would be found.
+    taught_by.info["stop_reason"] = "interrupted"
+    with pytest.raises(RunError, match=r"^run is interrupted\. Train it to the end first\."):
+        lab.Teacher(taught_by)
+
+
 def test_a_teacher_of_other_classes_or_images_is_named(data, teacher):
     renamed = replace(data, classes=("a", "b", "c"))
     with pytest.raises(ValueError, match=r"^train: the teacher run knows classes .* 'b', 'c'\]"):

@@ -1,5 +1,7 @@
 """Measures of maps against constructed cases whose answer is known."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,14 @@ def test_maps_and_masks_that_do_not_fit_are_named(maps, masks, wanted):
         evidence.localisation(maps, masks)
 
 
+def test_flat_maps_find_an_object_in_one_place_by_chance():
+    masks = torch.zeros(2_000, 12, 12, dtype=torch.bool)
+    masks[:, :6, 6:] = True
+    found = evidence.localisation(torch.zeros(2_000, 12, 12), masks).mean()
+    assert found.pointing == pytest.approx(0.25, abs=0.03)
+    assert found.recall == pytest.approx(0.25, abs=0.01)
+
+
 def test_equal_pixels_are_in_random_order():
     flat = evidence.ranks(torch.zeros(1, 32, 32))[0]
     assert sorted(flat.flatten().tolist()) == list(range(1024))
@@ -129,6 +139,41 @@ def test_removal_follows_a_curve_that_is_known(keep):
     expected = 1 / (1 + np.exp(10 - 20 * left))
     for row in found.to_numpy():
         assert row == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("maps", "classes"), [((1, 10, 10), 2), ((2, 5, 5), 2), ((2, 10, 10), 1), ((2, 10, 10), 3)]
+)
+def test_removal_wants_a_map_and_a_class_for_each_image_at_its_size(maps, classes):
+    classes = torch.zeros(classes, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^removal: .* \[2, 1, 10, 10\], .* \[N, H, W\] and"):
+        evidence.removal(
+            Counter(), torch.ones(2, 1, 10, 10), torch.rand(maps), classes, fill=evidence.fill_grey
+        )
+
+
+def test_wide_images_are_blurred_within_their_shorter_side():
+    images = torch.rand(1, 3, 64, 16)
+    gone = torch.ones(1, 1, 64, 16, dtype=torch.bool)
+    assert evidence.fill_blurred(images, gone).std() < 0.5 * images.std()
+
+
+@pytest.mark.parametrize("other", [(3, 8, 8), (2, 4, 4)])
+def test_maps_of_other_sizes_are_not_correlated(other):
+    with pytest.raises(ValueError, match=r"^rank_correlation: maps are \[3, 4, 4\] and \["):
+        evidence.rank_correlation(torch.rand(3, 4, 4), torch.rand(other))
+
+
+def test_random_numbers_of_gpus_are_put_back(monkeypatch):
+    forked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda devices: forked.append([*devices]) or nullcontext()
+    )
+    model = nn.Linear(2, 2)
+    evidence.randomisation(model, lambda network: torch.rand(1, 2, 2))
+    evidence.fill_from_neighbours(torch.rand(1, 1, 4, 4), torch.ones(1, 1, 4, 4).bool())
+    assert forked == [[0, 1], [0, 1]]
 
 
 def test_a_good_map_is_deleted_faster_and_inserted_faster_than_a_bad_one():

@@ -98,6 +98,9 @@ def test_an_image_of_ones_own_is_shown_until_its_path_is_taken_away(drawn, tmp_p
     color = [60] if channels == 1 else [30, 60, 90]
     assert torch.equal(drawn["image"][:, 5, 5], torch.tensor(color, dtype=torch.uint8))
     assert explorer.controls["image"].disabled
+    Image.new("RGB", (80, 40), (200, 200, 200)).save(tmp_path / "own.png")  # another picture
+    assert change(explorer, strength=0.7)
+    assert (drawn["image"] == 200).all()
     assert change(explorer, file="")
     assert drawn["title"].startswith("True class: cat")
     assert not explorer.controls["image"].disabled

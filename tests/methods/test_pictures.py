@@ -51,10 +51,13 @@ def test_pictures_that_cannot_be_written_are_named(tmp_path):
     images = some_images(2)
     found = lab.class_activation_map(make(), images)
     labels, names = found.predicted, list("abcde")
-    with pytest.raises(ValueError, match=r"2 images of torch.float32, 2 maps, 2 labels"):
+    with pytest.raises(ValueError, match=r"images are torch.float32 \[2, 3, 16, 16\]"):
         lab.save_cam_visualization(tmp_path, images, found, labels, names)
-    with pytest.raises(ValueError, match=r"1 images of torch.uint8, 2 maps, 2 labels"):
+    with pytest.raises(ValueError, match=r"uint8 \[1, .* 2 labels.* of uint8 \[2, C, 16, 16\]"):
         lab.save_cam_visualization(tmp_path, images[:1].byte(), found, labels, names)
+    larger = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of which a part would be shown
+    with pytest.raises(ValueError, match=r"uint8 \[2, 3, 32, 32\]"):
+        lab.save_cam_visualization(tmp_path, larger, found, labels, names)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         lab.save_cam_visualization(tmp_path / "file", images.byte(), found, labels, names)

@@ -88,6 +88,17 @@ def test_features_are_kept_by_weights_and_pixels(data, monkeypatch, tmp_path):
     assert len(list(folder.iterdir())) == 1  # what was asked for last
 
 
+def test_features_of_a_split_with_code_of_its_own_are_not_kept(data):
+    class Dark(lab.Split):
+        def normalise(self, images):
+            return 0 * super().normalise(images)
+
+    model, split = NETWORKS["CNN"](), data.test
+    bright = lab.features(model, split)["stage1"]
+    dark = lab.features(model, Dark(split.images, split.labels, split.mean, split.std))["stage1"]
+    assert not torch.equal(bright, dark)
+
+
 def test_features_of_a_network_with_a_part_of_ones_own_are_not_kept(data):
     class Scaled(torch.nn.Module):
         def __init__(self, factor):

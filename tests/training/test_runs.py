@@ -198,7 +198,7 @@ def interrupted_run(data):
 
 def test_an_interrupted_run_is_not_published(data):
     run = interrupted_run(data)
-    with pytest.raises(RunError, match="run: interrupted runs are not published"):
+    with pytest.raises(RunError, match=r"^run is interrupted"):
         publish(run, weights=False, command="")
     assert not runs.models_dir().exists()
 
