@@ -40,7 +40,7 @@ test: .venv/ready
 robust: .venv/ready
 	for setting in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	    OMP_NUM_THREADS=2 OMP_NUM_THREADS=4; do \
-	  echo $$setting; env OMP_NUM_THREADS=1 $$setting LABUTILS_RUNS=$(CURDIR)/build/$$setting \
+	  echo $$setting; env OMP_NUM_THREADS=1 $$setting "LABUTILS_RUNS=$(CURDIR)/build/$$setting" \
 	    $(NBVAL) -q || exit 1; \
 	done
 

@@ -142,3 +142,5 @@ def pytest_configure(config) -> None:
         config.option.nbval_sanitize_with = Path(__file__).with_name("tests") / "nbval_sanitize.cfg"
         # A check is no run to keep; W&B would send it for whoever is logged in.
         os.environ["WANDB_MODE"] = "disabled"
+        # Started from a cell of JupyterLab, kernels would show it their progress.
+        os.environ.pop("JPY_SESSION_NAME", None)

@@ -77,8 +77,8 @@ def run(notebook, profile, given, out, jobs, scheduler) -> int:
 
     def ended(job: batch.Job, error: str | None, seconds: float) -> None:
         bundle = {} if error else job.reported() or {}
-        text = error or f"{job.label}: {batch.outcome(seconds, bundle)}"
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        text = error or batch.outcome(seconds, bundle)
+        print(f"{job.label}: {text}", file=sys.stderr if error else sys.stdout, flush=True)
         fails = any(claim["verdict"] == "fails" for claim in bundle.get("rows", []))
         if error or (fails and not full and not given):
             failures.append(job)

@@ -94,10 +94,10 @@ def execute(job: Job) -> None:
     written. What ran until then is kept where the job says.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
-    name, untouched = job.notebook.stem, f"{job.output.name} is as it was."
-    kept = f"What ran is in {job.failed}; {untouched}"
+    kept = f"What ran is in {job.failed}; {job.output.name} is as it was."
     # Kernels warn on the terminal when what they send is not encrypted.
     config = Config(KernelManager={"transport_encryption": "auto"})
     spec = {"name": "python3"} | read(job.notebook).metadata.get("kernelspec", {})
@@ -108,10 +108,10 @@ def execute(job: Job) -> None:
             job.notebook, job.failed, job.parameters, progress_bar=False, **options
         )
     except papermill.PapermillExecutionError as error:
-        reason = f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"
+        reason = f"cell {error.exec_count} failed: {error.ename}: {error.evalue}"
         raise NotebookError(f"{reason}\n{kept}") from None
-    except RuntimeError:  # DeadKernelError
-        reason = f"{name}: its kernel died, as when memory runs out or compiled code crashes."
+    except DeadKernelError:
+        reason = "its kernel died, as when memory runs out or compiled code crashes."
         raise NotebookError(f"{reason} Try a smaller batch_size.\n{kept}") from None
     clean(notebook)
     if job.key:

@@ -96,9 +96,11 @@ def mean_std(values: Sequence[float] | pd.Series) -> str:
 def tabulate(scores: Mapping[Any, Score], names: Sequence[str]) -> pd.DataFrame:
     """Test and train accuracy of every run, the long table that figures take.
 
-    scores: key -> Score. names: of the columns that hold the parts of a key, else ValueError. The
-    other columns are seed, split and accuracy (%).
+    scores: key -> Score. names: of the columns that hold the parts of a key. The other columns are
+    seed, split and accuracy (%). Raises ValueError for names that do not fit, or no scores.
     """
+    if not scores:
+        raise ValueError("tabulate: scores are empty. Give one at least.")
     parts = []
     for key, score in scores.items():
         values = key if isinstance(key, tuple) else (key,)

@@ -58,7 +58,12 @@ def execute_all(
     with ExitStack() as stack:
         stop = stack.enter_context(signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         cluster = scheduler or stack.enter_context(LocalCluster(n_workers=at_once, **LOCAL))
-        client = stack.enter_context(Client(cluster, timeout=10))
+        try:
+            client = stack.enter_context(Client(cluster, timeout=10))
+        except (OSError, ValueError) as error:
+            problem = f"--scheduler {cluster} cannot be reached ({first_line(error)})"
+            hint = "Give the address that `dask scheduler` prints, tcp://HOST:8786 say"
+            raise OSError(f"{problem}. {hint}.") from None
         futures = client.map(_execute_apart, jobs, shares=shares, pure=False, retries=RETRIES)
         waiting = dict(zip(futures, jobs))
         stack.callback(lambda: client.cancel(list(waiting)))
@@ -120,7 +125,7 @@ def _end_with_standard_input() -> None:
 
 if __name__ == "__main__":  # what the process does
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    # A kernel below a JupyterLab terminal would otherwise believe that somebody watches it.
+    # A kernel below a cell of JupyterLab would otherwise believe that somebody watches it.
     os.environ.pop("JPY_SESSION_NAME", None)
     job = json.loads(sys.argv[1])
     try:

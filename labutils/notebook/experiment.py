@@ -17,6 +17,7 @@ from ..base.device import device_name, resolve_device, seed_everything
 from ..base.files import atomic_write, file_name, images_dir
 from ..base.settings import Seed, TrainConfig, check
 from ..data.tensors import ImageData
+from ..training.key import as_its_spec
 from ..training.loop import train
 from ..training.runs import Run, publish
 from .claims import ByModel, Score, mean_std
@@ -94,10 +95,10 @@ class Experiment:
             options = {"teacher": teacher, "name": name, "retrain": self.retrain}
             run = train(build(), data, config, **options)
             if run.stop_reason == "interrupted":
+                go_on = "go on" if as_its_spec(run.model) else "start it anew"
                 hint = "; retrain = False keeps the finished runs" * self.retrain
-                raise KeyboardInterrupt(
-                    f"{name} was interrupted. Run the cell again to go on{hint}."
-                )
+                problem = f"{name} was interrupted. Run the cell again to {go_on}{hint}."
+                raise KeyboardInterrupt(problem)
             runs[seed] = run
             its_labels = {**labels, "seed": seed}
             self._trained[repr(sorted(its_labels.items()))] = its_labels, run, data
@@ -186,7 +187,8 @@ class Experiment:
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:
-    seeds = np.asarray(seeds).tolist()  # a range, NumPy's numbers
+    # A range, NumPy's numbers.
+    seeds = [np.asarray(seed).tolist() for seed in seeds] if np.iterable(seeds) else seeds
     seeds = check("Experiment", {"seeds": _SEEDS}, {"seeds": seeds})["seeds"]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"Experiment: seeds = {seeds}. Give each once.")

@@ -90,7 +90,7 @@ def run(jobs: Sequence[Job], *, at_once: int = 1, scheduler: str | None = None) 
         with atomic_write(path) as file:
             file.write(scores.to_csv(index=False).encode())
         print(f"{scores.to_string(index=False)}\nwritten to {path}")
-    elif not status:
+    elif not status and bundles:
         path.unlink(missing_ok=True)
         print("No table, because no run recorded a score with Claims.targets.")
     if status or failures:

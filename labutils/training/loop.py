@@ -64,7 +64,8 @@ def train(
     not the key.
 
     A run that was cut off goes on when it is called for again, with a model built and seeded like
-    the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows).
+    the first, and ends with the same bits on the same machine (on a GPU as far as cuDNN allows); a
+    network of your own starts anew.
     Ctrl-C stops after the batch, saves and returns the unfinished run; too late for that, it is
     raised when the run is stored. Raises ValueError for bad arguments; RunError if the loss stops
     being finite, a checkpoint cannot be continued, or the runs folder cannot be written.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import InstanceOf
 from torch import nn
 
@@ -24,7 +24,7 @@ from ..evaluation import metrics
 from ..models.registry import build, registered
 from . import cards
 from .cards import RunError, load_weights, save_weights
-from .watch import warn
+from .watch import say, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -218,8 +218,8 @@ def _folders(ending: str) -> list[Path]:
     return [path for path in sorted(runs_dir().glob(f"*-{ending}")) if path.is_dir()]
 
 
-def _write_card(path: Path, run: Run, weights: Path, command: str | None) -> None:
-    written = cards.sha256(weights) if weights.exists() else None
+def _write_card(path: Path, run: Run, weights: Path | None, command: str | None) -> None:
+    written = cards.sha256(weights) if weights and weights.exists() else None
     card = {"name": run.name, "key": run.key, "digest": None, "weights": written}
     card |= {"command": command, "test": None}
     card |= {name: found.values() for name, found in run.scores.items()}
@@ -229,11 +229,19 @@ def _write_card(path: Path, run: Run, weights: Path, command: str | None) -> Non
 
 @contextmanager
 def store_lock(key: str) -> Iterator[None]:
-    """Held while a run is trained: a second process waits. RunError if that cannot be written."""
+    """Held while a run is trained: a second process says that it waits, and does.
+
+    Raises RunError if that cannot be written.
+    """
     lock = runs_dir() / ".locks" / f"{key}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        try:
+            held = FileLock(lock).acquire(timeout=0)
+        except Timeout:
+            say("another process is at the same training: waiting for it")
+            held = FileLock(lock).acquire()
+        with held:
             yield
     except OSError as error:
         ours = error.filename is None or Path(str(error.filename)).is_relative_to(runs_dir())
@@ -292,9 +300,10 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
             rounded = {name: run._measure(half, name, half=True) for name in run.scores}
             run = replace(run, scores=rounded)
         cards.copy_weights(run.weights, stored, half=half is not None)
-    elif run.path != path:
+    kept = weights or run.path == path
+    _write_card(path, run, stored if kept else None, command)
+    if not kept:
         stored.unlink(missing_ok=True)
-    _write_card(path, run, stored, command)
     for older in {*models_dir().glob(f"*-{run.key}.json")} - {path}:
         older.unlink()
         older.with_suffix(".safetensors").unlink(missing_ok=True)

@@ -129,8 +129,8 @@ def say(text: str) -> None:
 
 @functools.cache
 def warn(text: str) -> None:
-    """Say it, but once a session. Python's own warnings go to stderr, which notebooks store."""
-    say(text)
+    """Print it, but once a session. Python's own warnings go to stderr, which notebooks store."""
+    print(text)  # said, it would be gone with the next line
 
 
 class _NotebookBar(tqdm):

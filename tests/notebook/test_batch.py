@@ -7,6 +7,7 @@ import json
 
 import nbformat
 import numpy as np
+import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
@@ -73,7 +74,7 @@ def test_a_notebook_runs_with_its_parameters_and_reports_its_claims(make_noteboo
 def test_a_failing_cell_is_named_and_the_earlier_output_stays(make_notebook, project):
     output = project / "reports" / "1.1_demo.ipynb"
     output.write_text("the earlier report")
-    with pytest.raises(batch.NotebookError, match=r"1\.1_demo failed.*ZeroDivisionError") as error:
+    with pytest.raises(batch.NotebookError, match=r"^cell 2 failed: ZeroDivisionError") as error:
         batch.execute(batch.prepare(make_notebook("1 / 0"), output.parent, {}))
     assert output.read_text() == "the earlier report"
     kept = project / "build" / "failed" / output.name
@@ -85,10 +86,21 @@ def test_a_failing_cell_is_named_and_the_earlier_output_stays(make_notebook, pro
 def test_a_kernel_that_dies_is_an_error_like_others(make_notebook, project):
     output = project / "reports" / "1.1_demo.ipynb"
     output.write_text("the earlier report")
-    with pytest.raises(batch.NotebookError, match=r"1\.1_demo: its kernel died.*batch_size"):
+    with pytest.raises(batch.NotebookError, match=r"^its kernel died.*batch_size"):
         batch.execute(batch.prepare(make_notebook("import os; os._exit(1)"), output.parent, {}))
     assert output.read_text() == "the earlier report"
     assert (project / "build" / "failed" / output.name).exists()
+
+
+def test_a_kernel_that_starts_too_slowly_is_not_said_to_lack_memory(
+    make_notebook, project, monkeypatch
+):
+    def execute_notebook(*_, **__):
+        raise RuntimeError("Kernel didn't respond in 60 seconds")
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    with pytest.raises(RuntimeError, match="didn't respond in 60 seconds"):
+        batch.execute(batch.prepare(make_notebook("1"), project / "reports", {}))
 
 
 def test_an_output_can_carry_a_mark_and_failures_a_name_of_their_own(make_notebook, project):

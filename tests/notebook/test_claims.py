@@ -275,6 +275,8 @@ def test_what_is_no_score_is_named():
         claims.targets({"a": 3})
     with pytest.raises(ValueError, match=r"^tabulate: key = \('a', 'b'\), names = \['recipe'\]"):
         lab.tabulate({("a", "b"): None}, ["recipe"])
+    with pytest.raises(ValueError, match=r"^tabulate: scores are empty"):
+        lab.tabulate({}, ["recipe"])
     assert not claims.rows
 
 

@@ -197,8 +197,9 @@ def test_by_default_there_is_a_notebook_for_each_core_but_no_more_than_there_are
 
 
 def test_a_scheduler_that_is_not_there_is_an_error(jobs):
-    with pytest.raises(OSError, match=r"tcp://127\.0\.0\.1:9"):
-        engine.execute_all(jobs, print, at_once=1, scheduler="tcp://127.0.0.1:9")
+    for address in ("tcp://127.0.0.1:9", "foo"):
+        with pytest.raises(OSError, match=rf"^--scheduler {address} cannot be .* Give the address"):
+            engine.execute_all(jobs, print, at_once=1, scheduler=address)
 
 
 # Real kernels, workers and schedulers. Seed 1 hangs as long as a file `hang` is there.

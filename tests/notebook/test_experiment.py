@@ -94,6 +94,7 @@ def test_labels_of_no_comparison_or_of_several_are_refused(trained, labels, foun
         ([-1], r"Experiment: seeds\[0\] = -1"),
         ([0, 0], r"Experiment: seeds = \[0, 0\]"),
         (["0"], r"Experiment: seeds\[0\] = '0'"),
+        ([[0], [1, 2]], r"Experiment: seeds\[0\] = \[0\]"),
     ],
 )
 def test_seeds_are_checked_before_anything_trains(data, seeds, message):
@@ -107,7 +108,10 @@ def test_an_interrupted_training_stops_the_notebook(data, monkeypatch):
     stopped = ex.fit(make_model, CONFIG, model="tiny").first
     stopped.info["stop_reason"] = "interrupted"
     monkeypatch.setattr(experiment, "train", lambda *_, **__: stopped)
-    with pytest.raises(KeyboardInterrupt, match=r"9\.9_other_seed0 was interrupted"):
+    with pytest.raises(KeyboardInterrupt, match=r"9\.9_other_seed0 was interrupted.* to go on\."):
+        ex.fit(make_model, CONFIG, model="other")
+    stopped.model.register_forward_hook(print)  # no key can tell what it computes
+    with pytest.raises(KeyboardInterrupt, match=r"Run the cell again to start it anew\."):
         ex.fit(make_model, CONFIG, model="other")
     assert len(ex.frame) == 1
 

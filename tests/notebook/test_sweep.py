@@ -335,6 +335,22 @@ def test_lines_tell_success_failure_and_what_was_there(project, notebook, monkey
     assert captured.err == "2 of 3 are done. The same command does the others.\n"
 
 
+def test_a_grid_that_failed_keeps_the_table_of_an_earlier_one(notebook, monkeypatch, capsys):
+    jobs = sweep.grid(notebook, [("seed", "0")])
+    table = jobs[0].output.with_name("table.csv")
+    table.parent.mkdir(parents=True)
+    table.write_text("earlier")
+
+    def execute_all(missing, ended, **_):
+        ended(missing[0], "ValueError: no", 1.0)
+        return 0
+
+    monkeypatch.setattr(engine, "execute_all", execute_all)
+    assert sweep.run(jobs) == 1
+    assert table.read_text() == "earlier"
+    assert "No table" not in capsys.readouterr().out
+
+
 def test_what_is_stopped_says_how_to_go_on(notebook, monkeypatch, capsys):
     jobs = sweep.grid(notebook, [("seed", "0,1,2")])
 
@@ -450,7 +466,7 @@ def test_a_sweep_is_stopped_goes_on_and_then_has_nothing_left_to_do(tmp_path, mo
     lines = {line.split("]")[1].split(",")[0].strip(): line for line in first.out[1:]}
     assert set(lines) == {"seed=0", "seed=1"}
     assert lines["seed=0"].endswith(" s, 0 of 0 claims hold. seed 0")
-    assert "FAILED: 1.1_demo failed in cell 3: ValueError: unlucky; see " in lines["seed=1"]
+    assert "FAILED: cell 3 failed: ValueError: unlucky; see " in lines["seed=1"]
     assert lines["seed=1"].endswith(str(failed))
     assert "unlucky" in failed.read_text()
     assert first.err.splitlines() == [

@@ -57,6 +57,6 @@ def test_what_fails_is_said_and_what_needs_a_hand_is_listed(
     assert not try_it.try_all([path])
     shown = capsys.readouterr().out
     assert "by hand: 9.9_test, 3. `x = 1`: code?" in shown
-    assert "1. `epochs = 0`: none?\n  9.9_test failed in cell 3: ZeroDivisionError" in shown
+    assert "1. `epochs = 0`: none?\n  cell 3 failed: ZeroDivisionError" in shown
     assert "2. `epochs = 2`: two?\n  " in shown
     assert [path.name for path in (tmp_path / "build/try_it").iterdir()] == ["9.9_test-2.ipynb"]

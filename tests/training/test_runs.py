@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -227,6 +229,15 @@ def test_a_publication_that_fails_leaves_the_earlier_one(run, monkeypatch, weigh
         publish(run, weights=weights, command="second")
     assert {path.name for path in card.parent.iterdir()} == before
     assert json.loads(card.read_text())["command"] == "first"
+    assert runs.open_stored(card).model is not None or not weights
+
+
+def test_a_kill_before_the_card_is_written_leaves_the_earlier_publication(run, monkeypatch):
+    card = publish(run, weights=True, command="first")
+    monkeypatch.setattr(runs.cards, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        publish(run, weights=False, command="second")
+    assert runs.open_stored(card).model is not None
 
 
 def test_metrics_are_measured_once_and_stored(run, data, monkeypatch):
@@ -641,6 +652,21 @@ def test_what_a_run_is_asked_for_is_checked(data):
         run.test("digits")
     with pytest.raises(ValueError, match=r"^load_run: name = None"):
         lab.load_run(None)
+
+
+def test_who_waits_for_another_process_says_so(capsys):
+    lock = runs.runs_dir() / ".locks" / "k.lock"
+    code = "import filelock, sys, time\nwith filelock.FileLock(sys.argv[1]):\n "
+    code += "print(flush=True); time.sleep(1)"
+    lock.parent.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with runs.store_lock("k"):
+            assert other.wait(10) == 0
+    assert capsys.readouterr().out == "another process is at the same training: waiting for it\n"
+    with runs.store_lock("k"):
+        pass
+    assert capsys.readouterr().out == ""
 
 
 def test_an_error_of_ones_own_file_is_not_one_of_the_store(data, tmp_path):

@@ -507,6 +507,15 @@ def test_the_runs_of_one_cell_share_one_output(train, notebook, shell):
     assert notebook[-1] == {"text/plain": "loaded too"}
 
 
+def test_a_warning_stays_beside_the_line_of_a_run(notebook, capsys):
+    warn.cache_clear()
+    say("mlp-64: epoch 1")
+    warn("odd")
+    say("mlp-64: epoch 2")
+    assert capsys.readouterr().out == "odd\n"
+    assert [bundle["text/plain"] for bundle in notebook] == ["mlp-64: epoch 1", "mlp-64: epoch 2"]
+
+
 def test_a_warning_is_given_once(capsys):
     warn.cache_clear()
     for text in ("slow", "odd", "slow"):
