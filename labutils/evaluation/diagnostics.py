@@ -62,7 +62,7 @@ def activation_stats(model: nn.Module, batch: tuple[Tensor, Tensor]) -> pd.DataF
     rows: dict[str, dict] = {}
 
     def after(name: str, layer: nn.Module, output: Tensor) -> None:
-        values = output.float()
+        values = output.cpu().double()  # in float32, the square of a small one would be 0
         rms = values.square().mean().sqrt()
         spread = values.var(dim=0, correction=0).mean().sqrt()
         rows[name] = {"kind": type(layer).__name__, "rms": float(rms), "spread": float(spread)}

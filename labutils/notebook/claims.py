@@ -58,7 +58,8 @@ class Score:
                 found[seed] = run.best(what)
             else:
                 found[seed] = getattr(run.test(self.data, tta=tta), what)
-        return pd.Series(found) * (1 if what.endswith(("loss", "epochs", "seconds")) else 100)
+        unit = 1 if what.endswith(("loss", "epochs", "seconds")) else 100
+        return pd.Series(found).rename_axis("seed") * unit
 
     def __sub__(self, other: "Score") -> pd.Series:
         """Difference of the test accuracies in points, for the seeds that both have."""
@@ -109,7 +110,7 @@ def tabulate(scores: Mapping[Any, Score], names: Sequence[str]) -> pd.DataFrame:
             raise ValueError(f"tabulate: {problem}. Give a name for each part of a key.")
         labels = dict(zip(names, values))
         for split, what in (("test", "accuracy"), ("train", "train_accuracy")):
-            part = score.values(what).rename("accuracy (%)").rename_axis("seed").reset_index()
+            part = score.values(what).rename("accuracy (%)").reset_index()
             parts.append(part.assign(split=split, **labels))
     return pd.concat(parts, ignore_index=True)
 
@@ -143,7 +144,8 @@ class Claims:
         """Claim that one score lies above another by more than `by`.
 
         more, less: Scores, or numbers for each seed (Series) such as a difference of two Scores;
-            20 numbers or more are taken for those of test images. unit: of these numbers.
+            20 numbers or more whose index is not named 'seed' are taken for those of test images.
+            unit: of these numbers.
         """
         low, high, evidence = _compare(more, less, unit)
         self.add(claim, _exceeds(low, high, by), evidence)
@@ -216,8 +218,9 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
         gain, width = apart.mean(), stats.t.ppf(0.975, n - 1) * apart.std() / math.sqrt(n)
         sides = [side[apart.index] for side in (first, second)]
         # How far images lie apart says nothing of how well their mean is known.
-        shown = [f"{side.mean():.2f}" if n >= 20 else mean_std(side) for side in sides]
-        source = f"over {n:,} images" if n >= 20 else f"n = {n}"
+        images = n >= 20 and apart.index.name != "seed"
+        shown = [f"{side.mean():.2f}" if images else mean_std(side) for side in sides]
+        source = f"over {n:,} images" if images else f"n = {n}"
         return _interval(*shown, unit, gain, width, source)
     evidence = f"{mean_std(first)} against {mean_std(second)} {unit}"
     if isinstance(one, Score) and isinstance(other, Score) and n:

@@ -228,6 +228,15 @@ def test_activation_stats_are_those_of_the_outputs():
     assert row.spread == pytest.approx((hidden - hidden.mean(0)).pow(2).mean().sqrt().item())
 
 
+def test_a_signal_that_hardly_arrives_is_measured_all_the_same():
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    images, labels = batch()
+    expected = lab.activation_stats(model, (images, labels)).loc["0"]
+    found = lab.activation_stats(model, (1e-30 * images, labels)).loc["0"]
+    assert found.rms == pytest.approx(1e-30 * expected.rms)
+    assert found.spread == pytest.approx(1e-30 * expected.spread)
+
+
 def test_a_layer_that_cannot_tell_images_apart_has_no_spread():
     model = nn.Sequential(nn.Linear(6, 4))
     nn.init.zeros_(model[0].weight)

@@ -109,6 +109,14 @@ def test_the_evidence_is_that_of_the_seeds_that_both_have():
     assert claims.rows["one"]["evidence"].startswith("60.00 against 55.00 points: by 0.00 points")
 
 
+def test_twenty_seeds_are_no_images():
+    seeds = pd.Series(range(20), dtype=float).rename_axis("seed")
+    claims = lab.Claims("9.9")
+    claims.above("seeds", seeds + 1, seeds)
+    assert claims.rows["seeds"]["evidence"].startswith("10.50\u00a0±\u00a05.92 against 9.50")
+    assert claims.rows["seeds"]["evidence"].endswith("n = 20")
+
+
 def test_the_deviation_of_images_is_not_shown_as_that_of_their_mean():
     claims, hits = lab.Claims("9.9"), pd.Series([0.0, 100.0, 100.0, 100.0] * 300)
     more = pd.concat([hits, pd.Series([0.0] * 900, index=range(1200, 2100))])  # of no pair
