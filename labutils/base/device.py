@@ -50,6 +50,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """torch's random numbers of the seed, and afterwards the caller's, on the CPU and all GPUs."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
 def usable_precision(asked: str, device: torch.device) -> str:
     """What 'auto', 'bf16' or 'float32' comes to: bf16 only where it is computed, not emulated."""
     return "bf16" if asked != "float32" and _computes_bf16(device) else "float32"

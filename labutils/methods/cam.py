@@ -98,10 +98,11 @@ def explain(
     """
     kinds = {"method": Literal[*METHODS, "cam"], "layer": str | None}
     check("explain", kinds, {"method": method, "layer": layer})
-    if method == "cam" and layer is not None:
-        problem = f"explain: layer = {layer!r}, where 'cam' takes the last stage"
-        raise ValueError(f"{problem}. Leave it, or choose another method: {', '.join(METHODS)}.")
     if method == "cam":
+        if layer is not None:
+            problem = f"layer = {layer!r}, where 'cam' takes the last stage"
+            hint = f"Leave it, or choose another method: {', '.join(METHODS)}"
+            raise ValueError(f"explain: {problem}. {hint}.")
         return class_activation_map(model, images, class_idx)
     _check_images(model, images)
     name, num_classes = _layer(model, images, layer)

@@ -2,8 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base.device import own_random_numbers
 from ..models.registry import in_mode
 
 
@@ -159,21 +159,13 @@ def fill_from_neighbours(images: Tensor, gone: Tensor) -> Tensor:
     from pytorch_grad_cam.metrics.road import NoisyLinearImputer
 
     impute, filled = NoisyLinearImputer(noise=0.01), []
-    with _own_random_numbers(), warnings.catch_warnings():
+    with own_random_numbers(0), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it hands tensors to NumPy
         for image, missing in zip(images.cpu(), gone[:, 0].cpu()):
             # Where all is missing, no neighbour knows anything.
             some = missing.any() and not missing.all()
             filled.append(impute(image, (~missing).float()) if some else image * ~missing)
     return torch.stack(filled).to(images.device)
-
-
-@contextmanager
-def _own_random_numbers(seed: int = 0) -> Iterator[None]:
-    """Random numbers of the seed, and afterwards the caller's, on the CPU and all GPUs."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 def rank_correlation(maps: Tensor, others: Tensor) -> np.ndarray:
@@ -201,7 +193,7 @@ def randomisation(
     """
     broken, rows = copy.deepcopy(model), {}
     original = explain(broken)
-    with _own_random_numbers(seed):
+    with own_random_numbers(seed):
         for name, layer in reversed(list(broken.named_modules())):
             if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
                 layer.reset_parameters()

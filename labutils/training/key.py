@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ..base.device import own_random_numbers
 from ..base.files import digest
 from ..base.settings import Augment, TrainConfig
 from ..models import registry
@@ -85,8 +86,7 @@ def _compared(model: nn.Module, seed: int) -> tuple[nn.Module | None, str | None
     kind, name = type(model), type(model).__name__
     if registry.MODELS.get(name) is not kind or kind.__module__.partition(".")[0] != "labutils":
         return None, name
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    with own_random_numbers(seed):
         fresh = registry.build(model.spec)
     return fresh, _odd_part(model, fresh)
 

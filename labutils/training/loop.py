@@ -194,8 +194,7 @@ def _start_or_continue(run, data, config, stack) -> checkpoint.TrainingState:
     state = checkpoint.TrainingState(run.model, make_optimizer(run.model, config), averaged)
     state.precision = machine.usable_precision(config.precision, device)
     state.threads = machine.choose_threads(run.model, _part_size(config), device)
-    stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
-    torch.manual_seed(config.seed)
+    stack.enter_context(machine.own_random_numbers(config.seed))
     if last.exists():
         checkpoint.load(last, run.key, state, device)
     stack.callback(torch.set_num_threads, torch.get_num_threads())

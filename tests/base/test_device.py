@@ -195,3 +195,14 @@ def test_signals_are_collected_and_ignored_ones_stay_ignored():
 def test_a_seed_is_a_whole_number_of_32_bits(seed):
     with pytest.raises(ValueError, match=f"^seed_everything: seed = {seed!r}"):
         device.seed_everything(seed)
+
+
+def test_random_numbers_of_ones_own_depend_on_the_seed_and_leave_the_callers():
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    with device.own_random_numbers(3):
+        first = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(2), first)

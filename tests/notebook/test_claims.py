@@ -128,7 +128,7 @@ def test_the_deviation_of_images_is_not_shown_as_that_of_their_mean():
     )
 
 
-def test_numbers_without_spread_show_no_interval_and_no_negative_zero():
+def test_numbers_without_spread_have_an_interval_too_and_no_negative_zero():
     claims, three = lab.Claims("9.9"), pd.Series([5.0, 5.0, 5.0])
     claims.close("alike", three, three + 1e-9, within=1)
     assert claims.rows["alike"]["evidence"].endswith(
