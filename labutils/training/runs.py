@@ -229,7 +229,7 @@ def _write_card(path: Path, run: Run, weights: Path | None, command: str | None)
 
 @contextmanager
 def store_lock(key: str) -> Iterator[None]:
-    """Held while a run is trained: a second process says that it waits, and does.
+    """Held while a run or a record is made: a second process says that it waits, and does.
 
     Raises RunError if that cannot be written.
     """
@@ -239,7 +239,7 @@ def store_lock(key: str) -> Iterator[None]:
         try:
             held = FileLock(lock).acquire(timeout=0)
         except Timeout:
-            say("another process is at the same training: waiting for it")
+            say("another process computes the same: waiting for it")
             held = FileLock(lock).acquire()
         with held:
             yield

@@ -663,7 +663,7 @@ def test_who_waits_for_another_process_says_so(capsys):
         other.stdout.readline()
         with runs.store_lock("k"):
             assert other.wait(10) == 0
-    assert capsys.readouterr().out == "another process is at the same training: waiting for it\n"
+    assert capsys.readouterr().out == "another process computes the same: waiting for it\n"
     with runs.store_lock("k"):
         pass
     assert capsys.readouterr().out == ""
