@@ -1,13 +1,14 @@
 """Every figure, made from arrays or long tables, which have one row a measurement.
 
 Their column `hue` says what is compared; names in COLORS look the same in every figure, others have
-the colours that are left, in order. Rows of several seeds are drawn as mean and spread, and counted
-as n; NaN is left out.
+the colours that are left, in order, but never that of the residual networks. Rows of several seeds
+are drawn as mean and spread, and counted as n; a point of a single one is hollow where others have
+more. NaN is left out.
 """
 
 import textwrap
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +20,7 @@ from scipy.stats import binomtest
 
 PALETTE, GREY = [*sns.color_palette("colorblind"), *sns.color_palette("dark")], "0.45"
 COLORS = {"plain": 0, "residual": 1, "batchnorm": 2, "he": 4, "control": 7, "ours": 9}
-OTHERS = (0, 1, 2, 4, 8, 9, 5, 6, 7, *range(10, 20))  # no red: too near to the orange
+OTHERS = (0, 2, 4, 5, 9, 19, 14, 6, 8, 7, 10, 12, 15, 16, 17, 18)  # no orange, and no red near it
 BAND = "band: lowest to highest"
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # a legend right of the axes
 FRAME = {"figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False}
@@ -54,28 +55,48 @@ def _checked(table: DataFrame, numbers: Sequence[str], hue: str, *names: str) ->
 
 def _describe(axis, y: str, sizes: Series, note="", spread="mean ± deviation") -> None:
     """Name the y axis; say above the axes what is drawn, and of how many measurements."""
-    n = " to ".join(str(size) for size in sorted({sizes.min(), sizes.max()}))
-    text = note if n == "1" else f"{note}{spread}, "
+    least, most = sizes.min(), sizes.max()
+    hollow = any(line.get_markerfacecolor() == "white" for line in axis.get_lines())
+    n = f"{least}{' (hollow)' * hollow} to {most}" if least < most else most
+    text = note if most == 1 else f"{note}{spread}, "
     axis.set_title(f"{text}n = {n}", loc="left", fontsize=9, color=GREY)
     axis.set_ylabel(y)
 
 
 def _curves(axis, table: DataFrame, x: str, y: str, hue: str, colors: dict, style="-") -> None:
     """The mean of y over x for every hue; around a solid line the band from lowest to highest."""
+    several = table.groupby([hue, x])[y].count().max() > 1
     for name, rows in table.groupby(hue, sort=False):
-        band = rows.groupby(x)[y].agg(["mean", "min", "max"])
-        look = {"color": colors[name], "marker": "o" if len(band) <= 8 else "", "ms": 4}
-        look["mfc"] = colors[name] if style == "-" else "white"  # for a curve of a single point
+        band = rows.groupby(x)[y].agg(["mean", "min", "max", "count"])
+        look = {"color": colors[name], "ms": 4, "marker": "" if len(band) > 8 else "o"}
+        look |= {} if style == "-" or not look["marker"] else {"marker": "^"}
         axis.plot(band["mean"], style, label=name if style == "-" else "", **look)
+        axis.plot(band["mean"][several & (band["count"] == 1)], ls="", mfc="white", **look)
         if style == "-":
             axis.fill_between(band.index, band["min"], band["max"], fc=colors[name], alpha=0.2)
     axis.set_xlabel(x)
 
 
 def _named(axis, colors: dict) -> Figure:
-    """The figure, with a legend of all hues right of this axis."""
-    dots = [plt.Line2D([], [], color=c, label=n, marker="o", ls="") for n, c in colors.items()]
-    axis.legend(handles=dots, **BESIDE)
+    """The figure, with every name at the end of its solid line in this axis, none over another."""
+    ends = {line.get_label(): line.get_xydata() for line in axis.get_lines()}
+    axis.autoscale_view()
+    places, height = [], 72 * axis.get_position().height * axis.get_figure().get_figheight()
+    for name in colors:
+        drawn = axis.transScale.transform(ends.get(name, np.empty((0, 2))))
+        drawn = axis.transLimits.transform(drawn[np.isfinite(drawn).all(axis=1)])
+        places.append([*reversed(drawn[-1] if len(drawn) else (1, 0)), name])  # or in the corner
+    places.sort()
+    for step, order in ((13 / height, places), (-13 / height, places[::-1])):
+        # First upwards from the lowest, then downwards from the highest that is in the axes.
+        order[0][0] = min(order[0][0], 1.0)
+        for before, after in pairwise(order):
+            if abs(before[1] - after[1]) < 0.2:
+                least = before[0] + step
+                after[0] = max(after[0], least) if step > 0 else min(after[0], least)
+    for y, x, name in places:
+        look = {"textcoords": "offset points", "va": "center", "color": colors[name]}
+        axis.annotate(name, (x, y), (7, 0), xycoords="axes fraction", **look)
     return axis.get_figure()
 
 
@@ -184,7 +205,7 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
 
 @_styled
 def lines(
-    table: DataFrame, *, x: str, y: str, hue: str, title: str, style=None, log_x=False
+    table: DataFrame, *, x: str, y: str, hue: str, title: str, style=None, log_x=False, log_y=False
 ) -> Figure:
     """y over x; style: a column of two values, solid and dotted; log_x: ticks at x, if whole."""
     table, colors = _checked(table, [x, y], hue, *([style] if style else []))
@@ -193,6 +214,8 @@ def lines(
     for kind, rows in table.groupby(style or [""] * len(table), sort=False):
         _curves(axis, rows, x, y, hue, colors, ":" if note else "-")
         note += f"{kind} {'···' if note else '—'}   " if style else ""
+    if log_y:
+        _log_ticks(axis.yaxis)
     _describe(axis, y, table.groupby([hue, style or hue, x])[y].count(), note, BAND)
     if log_x and (table[x] % 1).any():
         _log_ticks(axis.xaxis)
@@ -208,7 +231,9 @@ def lines(
 
 
 @_styled
-def dots(table: DataFrame, *, x: str, y: str, hue: str, title: str, marks=None) -> Figure:
+def dots(
+    table: DataFrame, *, x: str, y: str, hue: str, title: str, marks=None, log_x=False
+) -> Figure:
     """One row a category y, one colour a hue: mean of x ± standard deviation of the sample.
 
     marks: name -> category -> value, in black.
@@ -221,12 +246,17 @@ def dots(table: DataFrame, *, x: str, y: str, hue: str, title: str, marks=None) 
         marked = Series(values, dtype=float).rename(str).reindex(rows)
         axis.plot(marked, range(len(rows)), shape, ms=9, mfc="none", color="black", label=name)
     # Only rows that hold several hues need them one below the other.
+    several = table.groupby([y, hue])[x].count().max() > 1
     apart = 0.56 / max(2, len(colors)) if table.groupby(y)[hue].nunique().max() > 1 else 0.0
     for i, (name, color) in enumerate(colors.items()):
-        spread = table[table[hue] == name].groupby(y)[x].agg(["mean", "std"]).reindex(rows)
+        spread = table[table[hue] == name].groupby(y)[x].agg(["mean", "std", "count"]).reindex(rows)
         heights = np.arange(len(rows)) + apart * (i - (len(colors) - 1) / 2)
-        look = {"fmt": "o", "ms": 6, "color": color, "label": name}
-        axis.errorbar(spread["mean"], heights, xerr=spread["std"], **look)
+        look = {"marker": "o", "ls": "", "ms": 6, "color": color}
+        axis.errorbar(spread["mean"], heights, xerr=spread["std"], label=name, **look)
+        alone = several & (spread["count"] == 1)
+        axis.plot(spread["mean"][alone], heights[alone], mfc="white", **look)
+    if log_x:
+        _log_ticks(axis.xaxis)
     axis.set(xlabel=x, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     _describe(axis, "", table.groupby([y, hue])[x].count())
     axis.legend(**BESIDE)
@@ -238,14 +268,19 @@ def against(table: DataFrame, *, prices: Sequence[str], y: str, hue: str, title:
     """A result, mean ± deviation, against each of several prices, which have logarithmic axes."""
     table, colors = _checked(table, [*prices, y], hue)
     groups = table.groupby(hue, sort=False)
-    _, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices), sharey=True)
+    means, counts = groups.mean(), groups[y].count()
+    figure, axes = _figure(title, 1.6 + 2.9 * len(prices), 3.5, columns=len(prices), sharey=True)
     for axis, price in zip(axes, prices):
-        for (name, mean), deviation in zip(groups.mean().iterrows(), groups[y].std()):
-            axis.errorbar(mean[price], mean[y], deviation, fmt="o", color=colors[name], label=name)
+        axis.errorbar(means[price], means[y], groups[y].std(), ls="", ecolor=[*colors.values()])
+        for name, count in counts.items():
+            hollow = {"mfc": "white"} if count == 1 < counts.max() else {}
+            place = means.loc[name, [price, y]]
+            axis.plot(*place, "o", color=colors[name], label=name, **hollow)
         axis.set_xlabel(price)
         _log_ticks(axis.xaxis)
-    _describe(axes[0], y, groups[y].count())
-    return _named(axes[-1], colors)
+        _named(axis, colors)
+    _describe(axes[0], y, counts)
+    return figure
 
 
 @_styled

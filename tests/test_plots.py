@@ -1,12 +1,15 @@
 """Figures show the numbers they were given, with names and units, and are shown once."""
 
 import io
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.text import Text
 
 from labutils import plots
@@ -186,10 +189,18 @@ def test_axes_are_named(figures, name):
 @pytest.mark.parametrize(
     ("name", "expected", "groups"),
     [
-        ("learning_curves", f"val —   train ···   {plots.BAND}, n = 1 to 2", ["model", "epoch"]),
-        ("lines", f"test —   train ···   {plots.BAND}, n = 1 to 2", ["model", "depth", "split"]),
-        ("dots", "mean ± deviation, n = 1 to 2", ["recipe", "network"]),
-        ("against", "mean ± deviation, n = 1 to 2", ["model"]),
+        (
+            "learning_curves",
+            f"val —   train ···   {plots.BAND}, n = 1 (hollow) to 2",
+            ["model", "epoch"],
+        ),
+        (
+            "lines",
+            f"test —   train ···   {plots.BAND}, n = 1 (hollow) to 2",
+            ["model", "depth", "split"],
+        ),
+        ("dots", "mean ± deviation, n = 1 (hollow) to 2", ["recipe", "network"]),
+        ("against", "mean ± deviation, n = 1 (hollow) to 2", ["model"]),
     ],
 )
 def test_a_figure_says_of_how_many_measurements_it_is(figures, name, expected, groups):
@@ -197,7 +208,7 @@ def test_a_figure_says_of_how_many_measurements_it_is(figures, name, expected, g
     single = results()[ARGUMENTS[name][0]].drop_duplicates(groups)
     for spread in ("mean ± deviation, ", f"{plots.BAND}, "):
         expected = expected.replace(spread, "")
-    expected = expected.replace("1 to 2", "1")
+    expected = expected.replace(" (hollow) to 2", "")
     assert draw(name, single).axes[0].get_title(loc="left") == expected
 
 
@@ -242,7 +253,7 @@ def test_chance_far_below_does_not_press_the_curves_together():
     assert far.get_ylim()[0] > 0.1
     lines = [line for line in near.get_lines() if line.get_linestyle() == "--"]
     assert [list(line.get_ydata()) for line in lines] == [[0.5, 0.5]]
-    assert [text.get_text() for text in near.texts] == ["chance"]
+    assert "chance" in [text.get_text() for text in near.texts]
 
 
 def test_small_differences_are_small_on_the_scale_of_a_heatmap():
@@ -291,7 +302,7 @@ def test_measurements_that_are_not_there_are_not_counted(name):
     y = "accuracy (%)"
     table.loc[len(table) // 2 :, y] = np.nan
     title = draw(name, table).axes[0].get_title(loc="left")
-    assert title.endswith("n = 1 to 2")
+    assert title.endswith("n = 1 (hollow) to 2")
 
 
 def test_images_without_a_caption_are_an_error():
@@ -317,26 +328,77 @@ def test_lines_go_through_the_means_with_a_tick_at_every_x(figures):
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "40"]
 
 
+def names_in(axis):
+    return {text.get_text(): text for text in axis.texts if text.get_text() != "chance"}
+
+
 @pytest.mark.parametrize("name", ["learning_curves", "lines", "layers", "against"])
-def test_all_hues_are_named_beside_the_last_panel_though_one_of_them_is_not_in_it(figures, name):
-    legend = figures[name].axes[-1].get_legend()
-    known = list(results()[ARGUMENTS[name][0]].model.unique())
-    assert [text.get_text() for text in legend.get_texts()] == known
-    colors = [line.get_color() for line in legend.get_lines()]
-    assert colors == plots.PALETTE[: len(known)]
+def test_all_hues_are_named_in_the_last_panel_though_one_of_them_is_not_in_it(figures, name):
+    axis = figures[name].axes[-1]
+    names, known = names_in(axis), results()[ARGUMENTS[name][0]].model.unique()
+    assert set(names) == set(known)
+    for other, place in zip(known, (0, 2)):
+        assert names[other].get_color() == plots.PALETTE[place]
+
+
+def test_a_name_stands_at_the_end_of_its_line():
+    figure = draw("lines", style=None)
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    for name, line in solid(axis).items():
+        end = axis.transData.transform(line.get_xydata()[-1])
+        box = names_in(axis)[name].get_window_extent()
+        assert 0 < box.x0 - end[0] < 15
+        assert box.y0 < end[1] < box.y1
+
+
+@given(ends=st.lists(st.floats(0, 100), min_size=2, max_size=8))
+@settings(max_examples=25, deadline=None)
+def test_names_do_not_lie_over_each_other_and_stay_in_the_order_of_their_ends(ends):
+    rows = [(f"m{i}", x, y) for i, y in enumerate(ends) for x, y in ((1, 50), (2, y))]
+    table = pd.DataFrame(rows, columns=["model", "depth", "accuracy (%)"])
+    figure = draw("lines", table, style=None)
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    boxes = {name: text.get_window_extent() for name, text in names_in(axis).items()}
+    order = sorted(range(len(ends)), key=lambda i: boxes[f"m{i}"].y0)
+    assert [ends[i] for i in order] == sorted(ends)
+    for below, above in pairwise(order):
+        assert boxes[f"m{below}"].y1 <= boxes[f"m{above}"].y0 + 1
+    assert boxes[f"m{order[-1]}"].y1 < figure.bbox.height
+
+
+def hollow(axis):
+    lines = [line for line in axis.get_lines() if line.get_markerfacecolor() == "white"]
+    return [tuple(point) for line in lines for point in line.get_xydata()]
+
+
+def test_a_point_of_a_single_run_is_hollow_where_others_have_more(figures):
+    assert sorted(hollow(figures["lines"].axes[0])) == [(2, 80), (40, 10), (40, 11)]
+    assert [x for x, _ in hollow(figures["dots"].axes[0])] == [80, 70]
+    assert [hollow(axis) for axis in figures["against"].axes] == [[(1e6, 95)], [(1, 95)]]
+    alone = results()["lines"].drop_duplicates(["model", "depth", "split"])
+    assert hollow(draw("lines", alone).axes[0]) == []
+
+
+def test_errors_may_have_a_logarithmic_axis():
+    assert draw("lines", log_y=True).axes[0].get_yscale() == "log"
+    assert draw("dots", log_x=True).axes[0].get_xscale() == "log"
+    assert draw("lines").axes[0].get_yscale() == draw("dots").axes[0].get_xscale() == "linear"
 
 
 def test_results_stand_at_each_mean_price_in_one_colour_a_model(figures):
     wide, narrow = figures["against"].axes
     first, second = (
-        {bars.get_label(): bars.lines[0] for bars in axis.containers} for axis in (wide, narrow)
+        {line.get_label(): line for line in axis.get_lines() if line.get_marker() == "o"}
+        for axis in (wide, narrow)
     )
     assert first["a"].get_xydata().tolist() == [[100.0, 90.0]]
     assert first["b"].get_xydata().tolist() == [[1e6, 95.0]]
     assert {name: dot.get_xdata()[0] for name, dot in second.items()} == {"a": 2.0, "b": 1.0}
     for name in "ab":
         assert first[name].get_color() == second[name].get_color()
-    (bar,) = wide.containers[0].lines[2][0].get_segments()
+    bar, _ = wide.containers[0].lines[2][0].get_segments()  # that of a single run has no length
     np.testing.assert_allclose(bar[:, 1], [90 - 2**0.5, 90 + 2**0.5])
     assert wide.get_ylim() == narrow.get_ylim()
 
