@@ -207,8 +207,12 @@ def learning_curves(histories: DataFrame, *, hue: str, title: str, chance=None) 
 def lines(
     table: DataFrame, *, x: str, y: str, hue: str, title: str, style=None, log_x=False, log_y=False
 ) -> Figure:
-    """y over x; style: a column of two values, solid and dotted; log_x: ticks at x, if whole."""
+    """y over x; style: a column of two values, solid and dotted; log_x: ticks at x, if whole.
+
+    log_y: for errors, say, that are all small; those of 0 leave a gap.
+    """
     table, colors = _checked(table, [x, y], hue, *([style] if style else []))
+    table[y] = table[y].where(table[y] > 0) if log_y else table[y]
     _, (axis,) = _figure(title, 7.2, 4.4)
     note = ""
     for kind, rows in table.groupby(style or [""] * len(table), sort=False):
@@ -236,9 +240,10 @@ def dots(
 ) -> Figure:
     """One row a category y, one colour a hue: mean of x ± standard deviation of the sample.
 
-    marks: name -> category -> value, in black.
+    marks: name -> category -> value, in black. log_x: as log_y of lines.
     """
     table, colors = _checked(table, [x], hue, y)
+    table[x] = table[x].where(table[x] > 0) if log_x else table[x]
     rows = list(table[y].unique())
     figure, (axis,) = _figure(title, 8.0, 1.5 + 0.55 * len(rows))
     marks = {name: values for name, values in (marks or {}).items() if len(values)}

@@ -384,6 +384,10 @@ def test_a_point_of_a_single_run_is_hollow_where_others_have_more(figures):
 def test_errors_may_have_a_logarithmic_axis():
     assert draw("lines", log_y=True).axes[0].get_yscale() == "log"
     assert draw("dots", log_x=True).axes[0].get_xscale() == "log"
+    table = results()["lines"].replace({"accuracy (%)": {10: 0}})  # nothing wrong at all
+    axis = draw("lines", table, log_y=True).axes[0]
+    np.testing.assert_allclose(solid(axis)["m"].get_ydata(), [92, np.nan])
+    assert names_in(axis)["m"].get_color() == solid(axis)["m"].get_color()
     assert draw("lines").axes[0].get_yscale() == draw("dots").axes[0].get_xscale() == "linear"
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from ..base.settings import check
 from ..models.convnets import ConvNet
-from ..models.registry import in_mode
+from ..models.registry import in_mode, takes_images
 
 # Of the package grad-cam, https://github.com/jacobgil/pytorch-grad-cam.
 METHODS = {
@@ -69,7 +69,7 @@ def class_activation_map(
         raise ValueError(f"class_activation_map: {problem}. Choose another method: {others}.")
     wanted = _wanted(class_idx, len(images), model.head.out_features)
     raws, logits = [], []
-    with in_mode(model, training=False), torch.inference_mode():
+    with _evaluating(model, images):
         for batch, classes in _batches(images, wanted):
             features = model.features(batch)
             logits.append(model.head(model.pool(features)).float())
@@ -91,7 +91,8 @@ def explain(
 
     images: float [N, C, H, W], normalised; class_idx: as there. method: a key of METHODS, or 'cam'
         for class_activation_map itself, at the last stage. layer: of the others, a module whose
-        output is maps, as named in model.named_modules(); None: the last stage.
+        output is maps, as named in model.named_modules(); None: the last stage whose maps have
+        more than one pixel.
     The raw map is the package's before it cuts off what is negative and rescales each image. The
     model is left as it was: mode, gradients, what is frozen, hooks, also after an error.
     Raises ValueError for a method or layer that does not exist or has no maps, and as above.
@@ -195,6 +196,14 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
         raise ValueError(f"{problem}. {hint}.")
 
 
+@contextlib.contextmanager
+def _evaluating(model: nn.Module, images: Tensor) -> Iterator[None]:
+    problem = f"images are {list(images.shape)}, which the model cannot take"
+    remedy = "Give them at the size that it was made for."
+    with takes_images(problem, remedy), in_mode(model, training=False), torch.inference_mode():
+        yield
+
+
 def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Module], int]:
     """The modules whose output is maps of more than a pixel, by name; and the number of classes."""
     seen = set()
@@ -203,7 +212,7 @@ def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Mod
         if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
             seen.add(part)
 
-    with register_module_forward_hook(note), in_mode(model, training=False), torch.inference_mode():
+    with register_module_forward_hook(note), _evaluating(model, images):
         num_classes = model(images[:1]).shape[1]
     named = model.named_modules()
     return {name: part for name, part in named if name and part in seen}, num_classes

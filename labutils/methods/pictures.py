@@ -45,6 +45,10 @@ def save_cam_visualization(
         needed = f"uint8 [{len(explanation.raw)}, C, {explanation.size[0]}, {explanation.size[1]}]"
         problem = f"{found}. The explanation is of {needed}"
         raise ValueError(f"save_cam_visualization: {problem}: give these, and as many labels.")
+    meant = {*labels.tolist(), *explanation.predicted.tolist()}
+    if not meant <= {*range(len(classes))}:
+        problem = f"there are {len(classes)} classes, labels and predictions are {sorted(meant)}"
+        raise ValueError(f"save_cam_visualization: {problem}. Give the name of each class.")
     written, maps, order = [], explanation.maps.cpu(), torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(images), generator=order).tolist()
     labels, predicted = labels.tolist(), explanation.predicted.tolist()

@@ -39,7 +39,7 @@ def features(
         averaged over grid x grid parts of the image. Returns stage -> float32 [N, channels *
         grid**2], on the CPU; the model's mode is kept. They are kept in the folder of runs, found
         by weights and pixels, and the oldest go when all take more than 4 GB. Raises ValueError for
-        an unknown stage, a grid below 1 or an empty split.
+        an unknown stage, a grid below 1, an empty split or images that the model cannot take.
     """
     check("features", _FEATURES, {"model": model, "split": split, "grid": grid})
     wanted = [*model.stages] if stages is None else stages
@@ -73,7 +73,9 @@ def _forget_the_oldest(latest: Path) -> None:
 
 def _features(model, split, wanted: list[str], grid: int) -> dict[str, Tensor]:
     device, found = next(model.parameters()).device, {name: [] for name in wanted}
-    with in_mode(model, training=False), torch.inference_mode():
+    problem = f"features: images are {list(split.images.shape)}, which the model cannot take"
+    images_fit = registry.takes_images(problem, "Give them at the size that it was made for.")
+    with images_fit, in_mode(model, training=False), torch.inference_mode():
         for images, _ in split.batches(_AT_ONCE):
             maps = images.to(device)
             for name, part in [*model.stages.items(), ("pool", model.pool)]:

@@ -297,6 +297,10 @@ BAD = {
         {"images": some_images(1).double()},
         r"images are torch.float64 on cpu\. Give torch.float32 on cpu, as the model is",
     ),
+    "images too small": (
+        {"images": some_images(1, side=2), "model": lab.CNN((3, 16, 16), 5, widths=[4, 6, 8])},
+        r"images are \[1, 3, 2, 2\], which the model cannot take \(.*\)\. Give them at the size",
+    ),
     "grey": ({"images": some_images(3, 1)}, r"images have 1 channels, the model takes 3.*expand"),
 }
 
@@ -319,6 +323,12 @@ def test_bad_arguments_are_named(explain, arguments, wanted):
 def test_a_network_without_averages_has_no_plain_map_and_is_told_what_works(make):
     with pytest.raises(ValueError, match=r"does not average .* Choose another method: gradcam"):
         lab.class_activation_map(make(), some_images(1))
+
+
+def test_a_network_that_fits_one_size_of_image_says_so():
+    model = lab.SimpleCNN((3, 16, 16), 5, widths=[4, 6])
+    with pytest.raises(ValueError, match=r"\[1, 3, 24, 24\], which the model cannot take"):
+        lab.explain(model, some_images(1, side=24))
 
 
 @pytest.mark.parametrize("layer", ["stages.stage9", "head", "pool.0", ""])

@@ -50,7 +50,7 @@ def test_pictures_of_every_class_with_a_mistake_among_them(tmp_path):
 def test_pictures_that_cannot_be_written_are_named(tmp_path):
     images = some_images(2)
     found = lab.class_activation_map(make(), images)
-    labels, names = found.predicted, list("abcde")
+    labels, names = found.predicted.clamp(min=1), list("abcde")
     with pytest.raises(ValueError, match=r"images are torch.float32 \[2, 3, 16, 16\]"):
         lab.save_cam_visualization(tmp_path, images, found, labels, names)
     with pytest.raises(ValueError, match=r"uint8 \[1, .* 2 labels.* of uint8 \[2, C, 16, 16\]"):
@@ -58,6 +58,10 @@ def test_pictures_that_cannot_be_written_are_named(tmp_path):
     larger = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of which a part would be shown
     with pytest.raises(ValueError, match=r"uint8 \[2, 3, 32, 32\]"):
         lab.save_cam_visualization(tmp_path, larger, found, labels, names)
+    for few, of in ((names[:1], labels + 0), (names, labels + 5)):
+        with pytest.raises(ValueError, match=rf"there are {len(few)} classes, labels and predict"):
+            lab.save_cam_visualization(tmp_path, images.byte(), found, of, few)
+    assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         lab.save_cam_visualization(tmp_path / "file", images.byte(), found, labels, names)

@@ -297,6 +297,9 @@ def test_bad_requests_name_what_is_there(source, data):
         given = {"split": data.test, name: value}
         with pytest.raises(ValueError, match=rf"^features: {name} = "):
             lab.features(model, **given)
+    small = lab.SimpleCNN((1, 32, 32), 3)
+    with pytest.raises(ValueError, match=r"^features: images are .* which the model cannot take"):
+        lab.features(small, data.test)
     with pytest.raises(ValueError, match=r"up_to = 'stage9'.* 'stage1' or 'stage2'"):
         lab.freeze(model, up_to="stage9")
     with pytest.raises(ValueError, match="up_to = 'head'"):  # which would leave nothing to train
