@@ -68,10 +68,11 @@ def _curves(axis, table: DataFrame, x: str, y: str, hue: str, colors: dict, styl
     several = table.groupby([hue, x])[y].count().max() > 1
     for name, rows in table.groupby(hue, sort=False):
         band = rows.groupby(x)[y].agg(["mean", "min", "max", "count"])
-        look = {"color": colors[name], "ms": 4, "marker": "" if len(band) > 8 else "o"}
-        look |= {} if style == "-" or not look["marker"] else {"marker": "^"}
+        marker = "" if len(band) > 8 else "o" if style == "-" else "^"
+        look = {"color": colors[name], "ms": 4, "marker": marker}
         axis.plot(band["mean"], style, label=name if style == "-" else "", **look)
-        axis.plot(band["mean"][several & (band["count"] == 1)], ls="", mfc="white", **look)
+        if marker and several:
+            axis.plot(band["mean"][band["count"] == 1], ls="", mfc="white", **look)
         if style == "-":
             axis.fill_between(band.index, band["min"], band["max"], fc=colors[name], alpha=0.2)
     axis.set_xlabel(x)
@@ -86,7 +87,9 @@ def _named(axis, colors: dict) -> Figure:
         drawn = axis.transScale.transform(ends.get(name, np.empty((0, 2))))
         drawn = axis.transLimits.transform(drawn[np.isfinite(drawn).all(axis=1)])
         places.append([*reversed(drawn[-1] if len(drawn) else (1, 0)), name])  # or in the corner
-    places.sort()
+    last = max(x for _, x, _ in places)
+    # An end that is nearly the last is named beside it, where no other line runs.
+    places = sorted([y, last if x > 0.8 * last else x, name] for y, x, name in places)
     for step, order in ((13 / height, places), (-13 / height, places[::-1])):
         # First upwards from the lowest, then downwards from the highest that is in the axes.
         order[0][0] = min(order[0][0], 1.0)
@@ -259,7 +262,7 @@ def dots(
         look = {"marker": "o", "ls": "", "ms": 6, "color": color}
         axis.errorbar(spread["mean"], heights, xerr=spread["std"], label=name, **look)
         alone = several & (spread["count"] == 1)
-        axis.plot(spread["mean"][alone], heights[alone], mfc="white", **look)
+        axis.plot(spread["mean"][alone], heights[alone], mfc="white", zorder=3, **look)
     if log_x:
         _log_ticks(axis.xaxis)
     axis.set(xlabel=x, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
