@@ -3,6 +3,7 @@
 python tools/results.py
 """
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -57,29 +58,51 @@ def _fill(page: Path, text: str, name: str, table: str) -> str:
 def findings(root: Path, *, index: bool = False) -> str:
     """A line for each notebook, as a table: its question, and what its report found.
 
-    index: with the key figure, for a page in a folder of the project.
+    Of all rows that have a published result, the one whose published result is best stands beside
+    ours. index: with the key figure and the time of all trainings, for a page in a folder.
     """
-    head = "| exercise | question | what the report found | claims: hold / not settled / fail |"
+    head = "| exercise | question | what the report found | best published (%) | ours (%) "
+    head += "| claims: hold / not settled / fail |"
     # GitHub shrinks a picture to what its column's words leave it.
-    figures = f" key figure{50 * '&nbsp;'} |" * index
-    lines, home = [f"{head}{figures}", "|---" * (4 + index) + "|"], "../" * index
+    figures = f" all trainings | key figure{50 * '&nbsp;'} |" * index
+    lines, home = [f"{head}{figures}", "|---" * (6 + 2 * index) + "|"], "../" * index
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         first = "".join(read(path).cells[0].source)  # which JSON keeps in lines
         number, _, question = first.splitlines()[0].removeprefix("# ").partition(" ")
         report, found, held = root / "reports" / path.name, "not made yet", "–"
+        published = ours = "–"
         if report.exists():
             bundle = reported(read(report))
             verdicts = [claim["verdict"] for claim in bundle.get("rows", [])]
             held = " / ".join(str(verdicts.count(v)) for v in ("holds", "not settled", "fails"))
             found = f"[{bundle.get('headline') or 'no claim'}]({home}reports/{path.name})"
-        line = f"| [{number}]({home}notebooks/{path.name}) | {question} | {found} | {held} |"
+            rows = bundle.get("headline_rows", [])
+            rows = [row for row in rows if row["published"] and row.get("headline", True)]
+            if rows:
+                best = max(rows, key=lambda row: (row["published"], row["mean"]))
+                published = f"{best['model']}: {best['published']:g}"
+                ours = f"{_mean(best)} (n = {best['n']})"
+        line = f"| [{number}]({home}notebooks/{path.name}) | {question} | {found} "
+        line += f"| {published} | {ours} | {held} |"
         if index:
+            line += f" {_hours(root / 'models', number)} |"
             figure = re.search(r"!\[(.*)\]\((.*)\)", first)
             line += (
                 f' <img src="{figure[2]}" alt="{figure[1]}" width="240"> |' if figure else " – |"
             )
         lines.append(line)
     return "\n".join(lines)
+
+
+def _hours(folder: Path, number: str) -> str:
+    """How long the published runs of an exercise were trained, one after the other."""
+    cards = [json.loads(path.read_text()) for path in folder.glob(f"{number}_*.json")]
+    return f"{sum(card['info']['seconds'] for card in cards) / 3600:.1f} h" if cards else "–"
+
+
+def _mean(row: Mapping[str, Any]) -> str:
+    deviation = f"\u00a0±\u00a0{row['std']:.2f}" if row["n"] > 1 else ""
+    return f"**{row['mean']:.2f}**{deviation}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -92,10 +115,9 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         reached = row["target"] and row["mean"] >= row["target"] - 1e-9
         verdict = "reached" if reached else "**missed**"
         target = "–" if row["target"] is None else f"{row['target']:g} {verdict}"
-        deviation = f"\u00a0±\u00a0{row['std']:.2f}" if row["n"] > 1 else ""
         lines.append(
             f"| {report} | {row['model']} | {row['dataset']} | "
-            f"**{row['mean']:.2f}**{deviation} | {row['n']} | {published} | {target} | "
+            f"{_mean(row)} | {row['n']} | {published} | {target} | "
             f"{row['params']:,} | {row['seconds']:g} s |"
         )
     return "\n".join(lines)

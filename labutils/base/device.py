@@ -98,8 +98,8 @@ def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
 def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> int:
     """How many CPU threads to train with: what torch has, but one for small perceptrons.
 
-    Below 4 million multiplications a step a second one gains a fifth, and waiting for it costs up
-    to a hundredfold where other programs compete for the cores (benchmarks/threads.py).
+    Below 4 million multiplications a step a second one gains a fifth (benchmarks/threads.py), and
+    waiting for it costs many times that where other programs compete for the cores.
     """
     # In other layers, such as convolutions, a parameter is multiplied many times for one image.
     holders = [part for part in model.modules() if part._parameters]

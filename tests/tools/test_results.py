@@ -72,7 +72,8 @@ def test_results_are_rebuilt_from_the_reports_alone(project):
 
 
 def test_findings_say_which_notebook_has_no_report_yet(project):
-    write_report(project, [row()], headline="99 %", verdicts=("holds", "fails", "holds"))
+    rows = [row(), row(model="mlp-9", published=90.0, mean=91.0, n=1), row(published=None)]
+    write_report(project, rows, headline="99 %", verdicts=("holds", "fails", "holds"))
     for name, title in (
         ("1.1_mlp", "# 1.1 Does capacity pay?"),
         ("1.2_res", "# 1.2 Why?\nBecause"),
@@ -81,25 +82,30 @@ def test_findings_say_which_notebook_has_no_report_yet(project):
         nbformat.write(new_notebook(cells=cells), project / "notebooks" / f"{name}.ipynb")
     first, second = results.findings(project).splitlines()[2:]
     known = "[1.1](notebooks/1.1_mlp.ipynb) | Does capacity pay? | [99 %](reports/1.1_mlp.ipynb)"
-    assert first == f"| {known} | 2 / 0 / 1 |"
-    assert second == "| [1.2](notebooks/1.2_res.ipynb) | Why? | not made yet | – |"
+    assert first == f"| {known} | mlp-9: 90 | **91.00** (n = 1) | 2 / 0 / 1 |"
+    assert second == "| [1.2](notebooks/1.2_res.ipynb) | Why? | not made yet | – | – | – |"
 
 
-def test_an_index_shows_the_key_figure_of_a_notebook_that_has_one(project):
+def test_an_index_shows_the_key_figure_of_a_notebook_that_has_one_and_its_hours(project):
+    for name, seconds in (("1.1_a", 3600), ("1.1_b", 1800), ("1.10_c", 9e9)):
+        card = project / "models" / f"{name}.json"
+        card.parent.mkdir(exist_ok=True)
+        card.write_text(json.dumps({"info": {"seconds": seconds}}))
     for name, text in (("1.1_a", "# 1.1 A?\n![Width](../images/a.png)"), ("1.2_b", "# 1.2 B?")):
         cells = [nbformat.v4.new_markdown_cell(text)]
         nbformat.write(new_notebook(cells=cells), project / "notebooks" / f"{name}.ipynb")
     first, second = results.findings(project, index=True).splitlines()[2:]
     figure = '<img src="../images/a.png" alt="Width" width="240">'
-    assert first == f"| [1.1](../notebooks/1.1_a.ipynb) | A? | not made yet | – | {figure} |"
-    assert second == "| [1.2](../notebooks/1.2_b.ipynb) | B? | not made yet | – | – |"
+    nothing = "not made yet | – | – | –"
+    assert first == f"| [1.1](../notebooks/1.1_a.ipynb) | A? | {nothing} | 1.5 h | {figure} |"
+    assert second == f"| [1.2](../notebooks/1.2_b.ipynb) | B? | {nothing} | – | – |"
 
 
 def test_findings_of_a_report_without_claims(project):
     cells = [nbformat.v4.new_markdown_cell("# 1.1 Why?")]
     for folder in ("notebooks", "reports"):
         nbformat.write(new_notebook(cells=cells), project / folder / "1.1_why.ipynb")
-    assert "| [no claim](reports/1.1_why.ipynb) | 0 / 0 / 0 |" in results.findings(project)
+    assert "| [no claim](reports/1.1_why.ipynb) | – | – | 0 / 0 / 0 |" in results.findings(project)
 
 
 def test_rows_for_sweeps_alone_and_single_values_stay_out_of_the_results(project):
