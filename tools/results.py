@@ -58,14 +58,17 @@ def _fill(page: Path, text: str, name: str, table: str) -> str:
 def findings(root: Path, *, index: bool = False) -> str:
     """A line for each notebook, as a table: its question, and what its report found.
 
-    Of all rows that have a published result, the one whose published result is best stands beside
-    ours. index: with the key figure and the time of all trainings, for a page in a folder.
+    Beside them, the best published result of the exercise and ours of the same model. index: these
+    give way to the time of all trainings and the key figure, for a page in a folder.
     """
-    head = "| exercise | question | what the report found | best published (%) | ours (%) "
-    head += "| claims: hold / not settled / fail |"
+    head = "| exercise | question | what the report found | claims: hold / not settled / fail |"
     # GitHub shrinks a picture to what its column's words leave it.
-    figures = f" all trainings | key figure{50 * '&nbsp;'} |" * index
-    lines, home = [f"{head}{figures}", "|---" * (6 + 2 * index) + "|"], "../" * index
+    more = (
+        f" all trainings | key figure{50 * '&nbsp;'} |"
+        if index
+        else " best published (%) | ours (%) |"
+    )
+    lines, home = [head + more, "|---" * 6 + "|"], "../" * index
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         first = "".join(read(path).cells[0].source)  # which JSON keeps in lines
         number, _, question = first.splitlines()[0].removeprefix("# ").partition(" ")
@@ -82,15 +85,13 @@ def findings(root: Path, *, index: bool = False) -> str:
                 best = max(rows, key=lambda row: (row["published"], row["mean"]))
                 published = f"{best['model']}: {best['published']:g}"
                 ours = f"{_mean(best)} (n = {best['n']})"
-        line = f"| [{number}]({home}notebooks/{path.name}) | {question} | {found} "
-        line += f"| {published} | {ours} | {held} |"
+        pair = [published, ours]
         if index:
-            line += f" {_hours(root / 'models', number)} |"
             figure = re.search(r"!\[(.*)\]\((.*)\)", first)
-            line += (
-                f' <img src="{figure[2]}" alt="{figure[1]}" width="240"> |' if figure else " – |"
-            )
-        lines.append(line)
+            picture = f'<img src="{figure[2]}" alt="{figure[1]}" width="240">' if figure else "–"
+            pair = [_hours(root / "models", number), picture]
+        link = f"[{number}]({home}notebooks/{path.name})"
+        lines.append(f"| {' | '.join([link, question, found, held, *pair])} |")
     return "\n".join(lines)
 
 

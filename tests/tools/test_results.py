@@ -82,7 +82,7 @@ def test_findings_say_which_notebook_has_no_report_yet(project):
         nbformat.write(new_notebook(cells=cells), project / "notebooks" / f"{name}.ipynb")
     first, second = results.findings(project).splitlines()[2:]
     known = "[1.1](notebooks/1.1_mlp.ipynb) | Does capacity pay? | [99 %](reports/1.1_mlp.ipynb)"
-    assert first == f"| {known} | mlp-9: 90 | **91.00** (n = 1) | 2 / 0 / 1 |"
+    assert first == f"| {known} | 2 / 0 / 1 | mlp-9: 90 | **91.00** (n = 1) |"
     assert second == "| [1.2](notebooks/1.2_res.ipynb) | Why? | not made yet | – | – | – |"
 
 
@@ -96,7 +96,7 @@ def test_an_index_shows_the_key_figure_of_a_notebook_that_has_one_and_its_hours(
         nbformat.write(new_notebook(cells=cells), project / "notebooks" / f"{name}.ipynb")
     first, second = results.findings(project, index=True).splitlines()[2:]
     figure = '<img src="../images/a.png" alt="Width" width="240">'
-    nothing = "not made yet | – | – | –"
+    nothing = "not made yet | –"
     assert first == f"| [1.1](../notebooks/1.1_a.ipynb) | A? | {nothing} | 1.5 h | {figure} |"
     assert second == f"| [1.2](../notebooks/1.2_b.ipynb) | B? | {nothing} | – | – |"
 
@@ -105,7 +105,7 @@ def test_findings_of_a_report_without_claims(project):
     cells = [nbformat.v4.new_markdown_cell("# 1.1 Why?")]
     for folder in ("notebooks", "reports"):
         nbformat.write(new_notebook(cells=cells), project / folder / "1.1_why.ipynb")
-    assert "| [no claim](reports/1.1_why.ipynb) | – | – | 0 / 0 / 0 |" in results.findings(project)
+    assert "| [no claim](reports/1.1_why.ipynb) | 0 / 0 / 0 | – | – |" in results.findings(project)
 
 
 def test_rows_for_sweeps_alone_and_single_values_stay_out_of_the_results(project):
