@@ -106,6 +106,9 @@ def explain(
             raise ValueError(f"explain: {problem}. {hint}.")
         return class_activation_map(model, images, class_idx)
     _check_images(model, images)
+    if images.dtype.itemsize < 4:  # the package computes with NumPy
+        problem = f"model and images are {images.dtype}, which grad-cam cannot take"
+        raise ValueError(f"explain: {problem}. Give model.float() and images.float().")
     name, num_classes = _layer(model, images, layer)
     wanted = _wanted(class_idx, len(images), num_classes)
     package = importlib.import_module("pytorch_grad_cam")

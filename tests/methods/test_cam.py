@@ -325,6 +325,13 @@ def test_a_network_without_averages_has_no_plain_map_and_is_told_what_works(make
         lab.class_activation_map(make(), some_images(1))
 
 
+def test_a_model_in_half_precision_has_the_plain_map_alone():
+    model, images = make().bfloat16(), some_images(2).bfloat16()
+    assert lab.class_activation_map(model, images).raw.isfinite().all()
+    with pytest.raises(ValueError, match=r"torch.bfloat16, which grad-cam cannot take.*float\(\)"):
+        lab.explain(model, images)
+
+
 def test_a_network_that_fits_one_size_of_image_says_so():
     model = lab.SimpleCNN((3, 16, 16), 5, widths=[4, 6])
     with pytest.raises(ValueError, match=r"\[1, 3, 24, 24\], which the model cannot take"):
