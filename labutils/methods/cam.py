@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from ..base.settings import check
 from ..models.convnets import ConvNet
-from ..models.registry import in_mode, takes_images
+from ..models.registry import evaluating
 
 # Of the package grad-cam, https://github.com/jacobgil/pytorch-grad-cam.
 METHODS = {
@@ -69,7 +69,7 @@ def class_activation_map(
         raise ValueError(f"class_activation_map: {problem}. Choose another method: {others}.")
     wanted = _wanted(class_idx, len(images), model.head.out_features)
     raws, logits = [], []
-    with _evaluating(model, images):
+    with evaluating(model, images):
         for batch, classes in _batches(images, wanted):
             features = model.features(batch)
             logits.append(model.head(model.pool(features)).float())
@@ -199,14 +199,6 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
         raise ValueError(f"{problem}. {hint}.")
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module, images: Tensor) -> Iterator[None]:
-    problem = f"images are {list(images.shape)}, which the model cannot take"
-    remedy = "Give them at the size that it was made for."
-    with takes_images(problem, remedy), in_mode(model, training=False), torch.inference_mode():
-        yield
-
-
 def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Module], int]:
     """The modules whose output is maps of more than a pixel, by name; and the number of classes."""
     seen = set()
@@ -215,7 +207,7 @@ def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Mod
         if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
             seen.add(part)
 
-    with register_module_forward_hook(note), _evaluating(model, images):
+    with register_module_forward_hook(note), evaluating(model, images):
         num_classes = model(images[:1]).shape[1]
     named = model.named_modules()
     return {name: part for name, part in named if name and part in seen}, num_classes

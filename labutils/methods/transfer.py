@@ -18,7 +18,6 @@ from ..base.settings import PositiveInt, Seed, check
 from ..data.tensors import ImageData, Split
 from ..models import registry
 from ..models.convnets import ConvNet
-from ..models.registry import in_mode
 from ..training.cards import save_weights
 from ..training.key import as_its_spec, remember_origin, weights_digest
 from ..training.runs import Run, open_stored
@@ -73,9 +72,7 @@ def _forget_the_oldest(latest: Path) -> None:
 
 def _features(model, split, wanted: list[str], grid: int) -> dict[str, Tensor]:
     device, found = next(model.parameters()).device, {name: [] for name in wanted}
-    problem = f"features: images are {list(split.images.shape)}, which the model cannot take"
-    images_fit = registry.takes_images(problem, "Give them at the size that it was made for.")
-    with images_fit, in_mode(model, training=False), torch.inference_mode():
+    with registry.evaluating(model, split.images, owner="features: "):
         for images, _ in split.batches(_AT_ONCE):
             maps = images.to(device)
             for name, part in [*model.stages.items(), ("pool", model.pool)]:

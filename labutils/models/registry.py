@@ -80,6 +80,15 @@ def takes_images(problem: str, remedy: str) -> Iterator[None]:
         raise ValueError(f"{problem} ({first_line(error)}). {remedy}") from error
 
 
+@contextmanager
+def evaluating(model: nn.Module, images: Tensor, owner: str = "") -> Iterator[None]:
+    """The model without dropout or gradients; a ValueError for images that it cannot take."""
+    problem = f"{owner}images are {list(images.shape)}, which the model cannot take"
+    remedy = "Give them at the size that it was made for."
+    with takes_images(problem, remedy), in_mode(model, training=False), torch.inference_mode():
+        yield
+
+
 def num_parameters(model: nn.Module) -> int:
     """How many numbers training can change."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
