@@ -3,22 +3,28 @@
 import inspect
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from labutils.__main__ import commands
-from labutils.notebook import parameters, sweep
-from labutils.notebook.batch import find_notebooks
+from labutils.notebook import batch, parameters, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md")]  # not of a cache of pytest
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+PAGES += ROOT.glob("[!.]*/README.md")  # not of a cache of pytest
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 EXAMPLES = [
     pytest.param(example, id=f"{name}-{number}")
     for name, text in TEXTS.items()
     for number, example in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
+SHORT = {  # parameters with which a notebook that takes images of your own is done in no time
+    "1.1": {"seeds": [0], "epochs": 1, "distortions": [0.0], "grid_epochs": 1},
+    "1.3": {"seeds": [0], "epochs": 1, "fast_epochs": 1, "study_lengths": [1, 1], "width": 4},
+}
 HELP = [inspect.getdoc(command.callback) for command in commands.commands.values()]
 COMMANDS = {
     command.strip()
@@ -30,7 +36,24 @@ COMMANDS = {
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_runs(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LABUTILS_DATA", "data")
+    Path("data").mkdir()
     exec(compile(example, "example", "exec"), {})
+
+
+@pytest.mark.parametrize("number", SHORT)
+def test_a_notebook_takes_images_of_your_own(number, tmp_path, monkeypatch):
+    # Few, in grey and of another size than those that the notebook was written for.
+    images = np.random.default_rng(0).integers(0, 256, (340, 14, 14), np.uint8)
+    labels = np.arange(340) % 3
+    arrays = {"x_train": images[:250], "y_train": labels[:250]}
+    np.savez(tmp_path / "mine.npz", x_test=images[250:], y_test=labels[250:], **arrays)
+    for variable in ("LABUTILS_DATA", "LABUTILS_RUNS"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    [path] = batch.find_notebooks(number)
+    job = batch.prepare(path, tmp_path, {"dataset": "mine"} | SHORT[number])
+    batch.execute(replace(job, failed=tmp_path / "failed.ipynb"))
+    assert job.reported()["rows"]
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -39,7 +62,7 @@ def test_a_command_is_understood(command):
     given = commands.commands[name].make_context(name, arguments).params
     if given.get("notebook", "X") == "X":
         return
-    path, *others = find_notebooks(given["notebook"])
+    path, *others = batch.find_notebooks(given["notebook"])
     if name == "sweep":
         assert sweep.grid(path, given["axes"])
     elif not others:

@@ -20,11 +20,15 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.ipynb")):
         number = path.stem.partition("_")[0]
         command = f"python -m labutils run {number} --profile full -p retrain true"
-        for row in reported(read(path)).get("headline_rows", []):
-            row.pop("values", None)
-            if row.pop("headline", True):
-                rows.append({**row, "command": command, "report": f"{folder.name}/{path.name}"})
+        for row in _headlines(reported(read(path))):
+            kept = {key: row[key] for key in row if key not in ("values", "headline")}
+            rows.append({**kept, "command": command, "report": f"{folder.name}/{path.name}"})
     return rows
+
+
+def _headlines(bundle: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that belong into the results: not those that a sweep alone pools."""
+    return [row for row in bundle.get("headline_rows", []) if row.get("headline", True)]
 
 
 def write(root: Path) -> list[dict[str, Any]]:
@@ -79,9 +83,7 @@ def findings(root: Path, *, index: bool = False) -> str:
             verdicts = [claim["verdict"] for claim in bundle.get("rows", [])]
             held = " / ".join(str(verdicts.count(v)) for v in ("holds", "not settled", "fails"))
             found = f"[{bundle.get('headline') or 'no claim'}]({home}reports/{path.name})"
-            rows = bundle.get("headline_rows", [])
-            rows = [row for row in rows if row["published"] and row.get("headline", True)]
-            if rows:
+            if rows := [row for row in _headlines(bundle) if row["published"]]:
                 best = max(rows, key=lambda row: (row["published"], row["mean"]))
                 published = f"{best['model']}: {best['published']:g}"
                 ours = f"{_mean(best)} (n = {best['n']})"
