@@ -23,6 +23,7 @@ EXAMPLES = [
 ]
 SHORT = {  # parameters with which a notebook that takes images of your own is done in no time
     "1.1": {"seeds": [0], "epochs": 1, "distortions": [0.0], "grid_epochs": 1},
+    "1.2": {"seeds": [0], "depths": [2, 10], "sweep_epochs": 1, "epochs": 1, "deep_epochs": 1},
     "1.3": {"seeds": [0], "epochs": 1, "fast_epochs": 1, "study_lengths": [1, 1], "width": 4},
 }
 HELP = [inspect.getdoc(command.callback) for command in commands.commands.values()]

@@ -13,10 +13,12 @@ from pydantic import TypeAdapter
 from ..base.files import data_dir, project_dir
 from ..base.settings import first_line, suggestion
 from .folder import Arrays, DataError, read_folder
+from .superclasses import CIFAR100
 from .synthetic import SETS, generate
 
 Raw = tuple[str, tuple[str, ...], dict[str, Arrays]]  # source, classes, arrays of each split
 
+CIFAR100_CLASSES = sorted(" ".join(CIFAR100.values()).split())
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 
 
@@ -30,7 +32,7 @@ class _Known(NamedTuple):  # a data set that torchvision can download
 KNOWN = {
     "mnist": _Known("MNIST", "MNIST", "digits", "0123456789"),
     "cifar10": _Known("CIFAR10", "cifar-10-batches-py", "shapes10", CIFAR10_CLASSES),
-    "cifar100": _Known("CIFAR100", "cifar-100-python", "shapes100"),
+    "cifar100": _Known("CIFAR100", "cifar-100-python", "shapes100", CIFAR100_CLASSES),
     "imagenette": _Known("Imagenette", "imagenette2-160", "scenes10"),
 }
 EMBEDDED = ("digits", *SETS)  # at hand everywhere, without files or a network
@@ -149,13 +151,13 @@ def _torchvision(name: str, size: int | None) -> Raw:
             return f"torchvision's folder {known.folder}", names, splits
         for split in ("train", "test"):
             dataset = getattr(datasets, known.dataset)(root, train=split == "train")
-            names, arrays = known.classes or dataset.classes, (dataset.data, dataset.targets)
-            splits[split] = _checked(*map(np.asarray, arrays), split, len(names))
+            arrays = map(np.asarray, (dataset.data, dataset.targets))
+            splits[split] = _checked(*arrays, split, len(known.classes))
     except Exception as error:  # torchvision reports damage as almost any exception
         problem = f"{root / known.folder} is damaged or incomplete ({first_line(error)})"
         hint = f"Delete that folder and run again, or put a whole copy at {root / name}.npz"
         raise DataError(f"load_data: {problem}. {hint}.") from error
-    return f"torchvision {known.dataset}", tuple(names), splits
+    return f"torchvision {known.dataset}", tuple(known.classes), splits
 
 
 def _download(name: str) -> None:
