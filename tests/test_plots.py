@@ -44,7 +44,7 @@ def results():
         "prices": pd.DataFrame(prices, columns=["model", "parameters", "seconds", "accuracy (%)"]),
         "layers": pd.DataFrame(layers, columns=["when", "model", "layer", "norm"]),
         "bins": pd.DataFrame(
-            {"model": "m", "confidence": [0.2, 0.9], "accuracy": [0.5, 0.9], "images": [3, 50]}
+            {"model": "m", "confidence": [0.2, 0.9], "accuracy": [0.5, 0.8], "images": [3, 50]}
         ),
     }
 
@@ -123,7 +123,7 @@ def test_every_figure_draws_within_ten_inches_and_is_not_left_open(figures):
         assert 6 <= figure.get_size_inches()[0] <= 10
         assert figure.dpi == 110
         assert figure.get_suptitle() == {"mistakes": "The mistakes it is surest of"}.get(name, "T")
-    assert plt.get_fignums() == []
+    assert not {figure.number for figure in figures.values()} & {*plt.get_fignums()}
 
 
 def callable_of_plots(name):
@@ -223,16 +223,26 @@ def test_learning_curves_show_the_mean_over_seeds_also_where_one_stopped_early(f
 
 
 def test_the_confusion_matrix_prints_its_counts_and_leaves_zeros_blank(figures):
-    texts = sorted(text.get_text() for text in figures["confusion"].axes[0].texts)
-    assert [text for text in texts if text] == ["2", "5", "7"]
+    axis = figures["confusion"].axes[0]
+    cells = {text.get_position(): text.get_text() for text in axis.texts if text.get_text()}
+    assert cells == {(0.5, 0.5): "5", (1.5, 0.5): "2", (1.5, 1.5): "7"}  # a true class a row
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted class", "true class")
+    assert axis.yaxis_inverted()
+
+
+def test_a_heatmap_prints_its_numbers_to_a_tenth(figures):
+    axis = figures["heatmap"].axes[0]
+    cells = {text.get_position(): text.get_text() for text in axis.texts}
+    assert cells == {(0.5, 0.5): "1.0", (1.5, 0.5): "2.0", (0.5, 1.5): "3.0", (1.5, 1.5): "4.0"}
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("w", "d")
 
 
 def test_reliability_leaves_out_bins_that_say_nothing(figures):
     [drawn] = figures["reliability_diagram"].axes[0].containers
-    np.testing.assert_allclose(drawn.lines[0].get_xydata(), [[90, 90]])
+    np.testing.assert_allclose(drawn.lines[0].get_xydata(), [[90, 80]])
     [[(_, low), (_, high)]] = drawn.lines[2][0].get_segments()
-    for end in low / 100, high / 100:  # Wilson 1927: the shares that 45 of 50 would just not refute
-        assert abs(end - 0.9) / (end * (1 - end) / 50) ** 0.5 == pytest.approx(1.96, rel=1e-3)
+    for end in low / 100, high / 100:  # Wilson 1927: the shares that 40 of 50 would just not refute
+        assert abs(end - 0.8) / (end * (1 - end) / 50) ** 0.5 == pytest.approx(1.96, rel=1e-3)
 
 
 def test_a_known_name_has_its_colour_whatever_stands_beside_it():
@@ -580,12 +590,12 @@ def test_the_same_numbers_give_the_same_file():
 
 
 def test_maps_are_laid_over_their_images():
-    images = np.zeros((2, 3, 4, 4), np.uint8)
-    maps = np.stack([np.eye(4), np.ones((4, 4))])
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
+    maps = np.stack([np.eye(4, 5), np.ones((4, 5))])
     figure = plots.image_grid(images, ["a", "b"], title="T", columns=2, maps=maps)
-    for axis, expected in zip(figure.axes, maps):
+    for axis, image, expected in zip(figure.axes, images, maps):
         below, above = axis.images
-        assert below.get_array().shape == (4, 4, 3)
+        np.testing.assert_array_equal(np.moveaxis(below.get_array(), 2, 0), image)
         np.testing.assert_array_equal(above.get_array(), expected)
         assert (above.get_alpha(), above.get_clim()) == (0.5, (0, 1))
     plt.close(figure)

@@ -60,7 +60,8 @@ class Split:
     ) -> Batches:
         """The batches of one training epoch, from batch number `start` on, for a run that resumes.
 
-        float32 [n, C, H, W] and int64 [n]; they depend on seed and epoch alone. A last batch of one
+        float32 [n, C, H, W] and int64 [n]. Order, crops, flips and holes depend on seed and epoch
+        alone; distortion on batch size, image size and kind of device as well. A last batch of one
         image, which batch normalisation cannot take, is left out. augment.flip: 'random' draws half
         of the images every epoch, 'alternating' once, so that two show each both ways
         (https://arxiv.org/abs/2404.00498).

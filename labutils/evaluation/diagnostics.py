@@ -77,7 +77,8 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
     input_size: shape of one input, (C, H, W) or (F,); ValueError if the model cannot take it.
     A layer that is used twice has two rows, its parameters in the first. A multiplication and an
-    addition are two FLOPs, as torch counts. The last row is the sum.
+    addition are two FLOPs, as torch counts. The last row is the whole model, also what no layer
+    owns.
     """
     rows, seen, flops_before = [], set(), {}
     counter = FlopCounterMode(display=False)

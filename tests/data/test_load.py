@@ -241,3 +241,9 @@ def test_a_subset_is_drawn_by_the_seed_and_normalised_by_its_own_pixels():
         assert train.std == pytest.approx((pixels.std(correction=0).item(),), rel=1e-12)
         kept.append(train.images)
     assert not kept[0].equal(kept[1])
+
+
+def test_data_go_to_the_best_device_unless_told_otherwise():
+    with mock.patch("labutils.data.load.resolve_device", return_value="meta") as resolve:
+        assert lab.load_data("digits").train.images.is_meta
+    resolve.assert_called_once_with("auto")

@@ -359,10 +359,11 @@ def test_a_download_does_not_wait_for_ever_for_a_silent_server(monkeypatch):
     def fetch(*args, **kwargs):
         raise OSError(f"timeout {socket.getdefaulttimeout()}")
 
+    before = socket.getdefaulttimeout()
     monkeypatch.setattr("torchvision.datasets.MNIST", fetch)
     with pytest.raises(DataError, match=r"could not be downloaded: timeout 30"):
         read("mnist")
-    assert socket.getdefaulttimeout() is None
+    assert socket.getdefaulttimeout() == before
 
 
 def test_an_interrupted_download_leaves_nothing(monkeypatch):

@@ -362,3 +362,12 @@ def test_no_augmentation_changes_nothing(digits):
     unchanged = next(digits.train.shuffled(8, seed=0, epoch=0, augment=Augment()))
     assert torch.equal(unchanged[0], images)
     assert torch.equal(unchanged[1], labels)
+
+
+def test_a_key_stands_for_this_order_and_for_so_many_batches_at_once(digits):
+    # If this fails, published runs are no longer what their keys compute: raise FORMAT in key.py.
+    labels = torch.cat([labels for _, labels in digits.train.shuffled(8, seed=3, epoch=5)])
+    assert labels[:12].tolist() == [7, 5, 4, 5, 5, 8, 4, 5, 3, 0, 3, 4]
+    # Distortion is drawn for all of them at once.
+    assert tensors._batches_at_once(torch.empty(9, 1, 28, 28), 128) == 10
+    assert tensors._batches_at_once(torch.empty(9, 3, 32, 32), 125) == 2

@@ -91,6 +91,7 @@ def test_loss_and_top_k_agree_with_scikit_learn_where_all_classes_occur(top_k):
     probs = logits.double().softmax(1).numpy()
     assert found.loss == pytest.approx(sk.log_loss(labels, probs), rel=1e-5)
     assert found.top_k == top_k
+    assert metrics_from_logits(logits, labels).top_k == 5
     assert found.top_k_accuracy == pytest.approx(sk.top_k_accuracy_score(labels, probs, k=top_k))
 
 
@@ -383,7 +384,9 @@ def test_bf16_is_used_where_it_is_computed(digits, monkeypatch, precision):
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, plain, rtol=0.05, atol=0.05)
         assert torch.equal(logits, plain) != there
-    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+    monkeypatch.setattr(device, "_computes_bf16", lambda device: True)
+    assert torch.equal(lab.predict(model, digits.test), plain)  # only where it is asked for
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_an_unknown_precision_is_refused(model, digits):

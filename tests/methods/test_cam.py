@@ -375,3 +375,9 @@ def test_in_several_batches_every_image_has_its_own_map(explain, class_idx, monk
     parts = explain(model, images, class_idx=class_idx)
     for name in ("raw", "classes", "predicted", "confidence"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+
+
+def test_grad_cam_is_what_explains_unless_another_is_named():
+    model, images = make(), some_images(3)
+    assert lab.explain(model, images).maps.equal(lab.explain(model, images, "gradcam").maps)
+    assert not lab.explain(model, images).maps.equal(lab.explain(model, images, "layercam").maps)

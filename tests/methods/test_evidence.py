@@ -94,6 +94,9 @@ def test_baselines_know_nothing_of_the_image():
         assert torch.equal(maps.amax((1, 2)), torch.ones(50))
         assert maps.mean((0,)).std() < 0.1
     assert torch.equal(evidence.random_maps(3, (1, 1)), torch.zeros(3, 1, 1))
+    other = evidence.random_maps(50, (20, 30), seed=1)
+    assert not torch.equal(other, plain)
+    assert torch.equal(other, evidence.random_maps(50, (20, 30), seed=1))
     steps = [maps.diff(dim=2).abs().mean() for maps in (plain, smooth)]
     assert steps[1] < steps[0] / 3
     centre = evidence.centre_prior(2, (5, 7))

@@ -23,13 +23,17 @@ def some_images(count):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def test_pictures_of_every_class_with_a_mistake_among_them(tmp_path):
+def test_pictures_of_every_class_with_a_mistake_among_them(tmp_path, monkeypatch):
+    drawn, real = [], lab.plots.explained
+    monkeypatch.setattr(
+        lab.plots, "explained", lambda *a, **k: drawn.append((a, k)) or real(*a, **k)
+    )
     model, images = make(), some_images(40)
     found = lab.class_activation_map(model, images)
     # Every prediction is right but one, of class 2, which the seed alone would not have chosen.
     labels = torch.arange(40) % 5
     found = dataclasses.replace(found, predicted=torch.where(torch.arange(40) == 17, 0, labels))
-    pixels = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    pixels = (some_images(40) * 40 + 128).clamp(0, 255).byte()
     names = ["tench", "English springer", "a/b", "été", "5"]
     written = lab.save_cam_visualization(tmp_path, pixels, found, labels, names, per_class=2)
     assert len(written) == 10
@@ -37,11 +41,17 @@ def test_pictures_of_every_class_with_a_mistake_among_them(tmp_path):
         2 * ["tench", "English_springer", "a_b", "été", "5"]
     )
     assert tmp_path / "a_b" / "17.png" in written
-    for path in written:
-        assert labels[int(path.stem)] == [re.sub("[ /]", "_", n) for n in names].index(
-            path.parent.name
-        )
+    for path, ((image, heat), given) in zip(written, drawn, strict=True):
+        i, meant = int(path.stem), names[labels[int(path.stem)]]
+        assert path.parent.name == re.sub("[ /]", "_", meant)
         assert plt.imread(path).shape[0] > 200
+        assert image.equal(pixels[i])
+        assert heat.equal(found.maps[i])
+        answer, evidence = names[found.predicted[i]], names[found.classes[i]]
+        title = f"True class: {meant}. Predicted: {answer}, {100 * found.confidence[i]:.0f} % sure"
+        another = f". Evidence for {evidence}" if evidence != answer else ""
+        assert given["title"] == title + another
+    assert {given["title"].count("Evidence for") for _, given in drawn} == {0, 1}
     again = lab.save_cam_visualization(tmp_path, pixels, found, labels, names, per_class=2)
     other = lab.save_cam_visualization(tmp_path, pixels, found, labels, names, per_class=2, seed=1)
     assert again == written != other
@@ -71,7 +81,8 @@ def test_pictures_that_cannot_be_written_are_named(tmp_path):
 def run():
     """A network that answers by colour: what is red is class 0, what is green class 1."""
     labels = torch.arange(60) % 2
-    images = torch.randint(0, 60, (60, 3, 16, 16), dtype=torch.uint8)
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 60, (60, 3, 16, 16), dtype=torch.uint8, generator=noise)
     images[labels == 0, 0] += 150
     images[labels == 1, 1] += 150
     split = lab.Split(images, labels, (0.3, 0.3, 0.1), (0.3, 0.3, 0.1))

@@ -31,6 +31,13 @@ def test_the_svm_finds_the_minimum_of_sklearns(C, classes):
     assert (ours.predict(x) == theirs.predict(x)).all()
 
 
+@pytest.mark.parametrize("C", [1e-4, 1e-3, 1e-2])
+def test_the_svm_predicts_as_sklearns_with_the_steps_it_takes(C):
+    x, y = blobs(2_000, 10, dims=30)
+    theirs = LinearSVC(C=C, tol=1e-8, max_iter=10_000).fit(x, y).predict(x)
+    assert (LinearSVM(C).fit(x, y).predict(x) == theirs).mean() > 0.998
+
+
 def test_labels_need_not_be_numbers_from_0_on():
     x, y = blobs(100)
     names = np.array(["a", "b", "x", "z"])[y]

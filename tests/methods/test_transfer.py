@@ -347,8 +347,11 @@ def test_a_label_budget_takes_the_same_share_of_every_class(data):
         budget = lab.label_budget(data, share)
         assert budget.train.labels.bincount().tolist() == [int(share * 16)] * 3
         assert (budget.val, budget.train.mean) == (data.val, train.mean)
-        images = {image.numpy().tobytes() for image in budget.train.images}
-        assert images <= {image.numpy().tobytes() for image in train.images}
+        images, all_images = (
+            {(image.numpy().tobytes(), int(label)) for image, label in zip(s.images, s.labels)}
+            for s in (budget.train, train)
+        )
+        assert images <= all_images
         assert before is None or before <= images
         before = images
 

@@ -56,6 +56,7 @@ def test_filters_are_eigenvectors_then_their_negatives_with_a_sign_that_is_fixed
     torch.testing.assert_close(filters[:12] @ covariance, variance[:, None] * filters[:12])
     largest = filters[:12].gather(1, filters[:12].abs().argmax(1, keepdim=True))
     assert (largest > 0).all()
+    assert not model.stages["whiten"][0].bias.any()
 
 
 def test_whitening_does_not_depend_on_the_order_of_the_images_or_what_was_there_before():

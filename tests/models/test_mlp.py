@@ -161,6 +161,17 @@ def test_he_initialisation_keeps_the_size_of_the_signal():
     assert sizes["torch"] < 0.1
 
 
+def test_he_initialisation_is_normal_by_the_inputs_of_a_layer():
+    torch.manual_seed(0)
+    linear = next(
+        m for m in lab.MLP(784, [50], 10, init="he").modules() if isinstance(m, nn.Linear)
+    )
+    assert linear.weight.std().item() == pytest.approx((2 / 784) ** 0.5, rel=0.02)
+    fourth = (linear.weight / linear.weight.std()).pow(4).mean().item()
+    assert fourth == pytest.approx(3, rel=0.05)  # of a normal; 1.8 of a uniform
+    assert not linear.bias.any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

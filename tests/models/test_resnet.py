@@ -80,3 +80,5 @@ def test_convolutions_of_a_resnet_start_with_hes_variance():
     model = lab.ResNet(IMAGES, 10)
     conv = model.stages["stage4"][1].conv2.weight
     assert conv.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)
+    stem = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight  # 3 maps to 64
+    assert stem.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)

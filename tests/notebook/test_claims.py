@@ -241,6 +241,8 @@ def test_targets_are_claimed_and_every_score_becomes_a_row(trained):
     assert (row["n"], row["dataset"], row["params"]) == (3, "digits", 610)
     assert (row["published"], row["target"], row["headline"]) == (1.0, 99.9, True)
     assert row["values"] == [*score.values()]
+    assert row["seconds"] == round(score.values("seconds").mean(), 1)
+    assert row["device"] == score.first.info["device"]
     assert (aside["model"], aside["target"], aside["headline"]) == ("aside", None, False)
 
 

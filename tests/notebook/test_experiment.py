@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import labutils as lab
 from labutils.notebook import experiment
@@ -21,6 +23,9 @@ def test_start_prints_what_runs_where(capsys):
     line = capsys.readouterr().out
     assert line.startswith(f"profile quick · labutils {lab.__version__} · torch ")
     assert line.count("\n") == 1
+    first = torch.rand(3)
+    lab.start("quick")
+    assert torch.rand(3).equal(first)
 
 
 def test_every_seed_is_trained_as_by_hand(trained, data):
@@ -197,6 +202,7 @@ def test_only_an_experiment_that_publishes_does(data, tmp_path, monkeypatch):
     assert card["command"] == f"{exact} -p retrain true"
     weights = list((tmp_path / "models").glob("*.safetensors"))
     assert [path.stem for path in weights] == [f"9.9_tiny_seed0-{score.first.key}"]
+    assert {tensor.dtype for tensor in load_file(weights[0]).values()} == {torch.float16}
     first = (tmp_path / "images" / "9.9_line.png").read_bytes()
     ex.publish(weights=[], figures={"9.9_line": figure})
     assert (tmp_path / "images" / "9.9_line.png").read_bytes() == first

@@ -401,7 +401,7 @@ class Start:
     err: str
     files: list[str]
     kernels: dict[int, list[str]]  # seed -> process id, threads and epochs of its kernel
-    alive: list[int]  # kernels still there ten seconds later
+    alive: list[int]  # kernels still there a minute later
 
 
 def started(folder, status, out, err):
@@ -410,7 +410,7 @@ def started(folder, status, out, err):
     for path in sorted(folder.glob("kernel*")):
         kernels[int(path.name[-1])] = path.read_text().split()
         path.unlink()
-    deadline = time.monotonic() + 10  # a kernel looks every second whether its parent is there
+    deadline = time.monotonic() + 60  # a kernel looks every second whether its parent is there
     while alive := [pid for pid, *_ in kernels.values() if Path(f"/proc/{pid}").exists()]:
         if time.monotonic() > deadline:
             break

@@ -654,15 +654,18 @@ def test_what_a_run_is_asked_for_is_checked(data):
         lab.load_run(None)
 
 
-def test_who_waits_for_another_process_says_so(capsys):
+def test_who_waits_for_another_process_says_so(capsys, monkeypatch):
     lock = runs.runs_dir() / ".locks" / "k.lock"
-    code = "import filelock, sys, time\nwith filelock.FileLock(sys.argv[1]):\n "
-    code += "print(flush=True); time.sleep(1)"
+    code = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]):\n "
+    code += "print(flush=True); sys.stdin.read()"
     lock.parent.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE) as other:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, lock], **pipes) as other:
         other.stdout.readline()
+        say = runs.say  # the other lets go when it has been said that we wait
+        monkeypatch.setattr(runs, "say", lambda *a, **k: say(*a, **k) or other.stdin.close())
         with runs.store_lock("k"):
-            assert other.wait(10) == 0
+            assert other.wait(60) == 0
     assert capsys.readouterr().out == "another process computes the same: waiting for it\n"
     with runs.store_lock("k"):
         pass
