@@ -42,7 +42,9 @@ def commands() -> None:
 
 @commands.command(params=[*SHARED])
 @click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter.")
-@click.option("--jobs", type=click.IntRange(1), help="Notebooks at a time; default: one a core.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Notebooks at a time; default: one a GPU, or a core."
+)
 def run(notebook, profile, given, out, jobs, scheduler) -> int:
     """Execute NOTEBOOK: its number (1.1), its name, or all.
 

@@ -50,10 +50,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def gpus() -> range:
+    """The numbers of the GPUs that torch can use: none where the driver is too old for it."""
+    return range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
 @contextmanager
 def own_random_numbers(seed: int) -> Iterator[None]:
     """torch's random numbers of the seed, and afterwards the caller's, on the CPU and all GPUs."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=gpus()):
         torch.manual_seed(seed)
         yield
 

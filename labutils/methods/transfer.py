@@ -49,7 +49,8 @@ def features(
     if type(split) is not Split or not as_its_spec(model):  # nothing tells what your own code does
         return _features(model, split, wanted, grid)
     seen = {"images": split.images, "statistics": torch.tensor([split.mean, split.std])}
-    content = [weights_digest(model.state_dict() | seen), str(model), wanted, grid]
+    kind = next(model.parameters()).device.type  # a GPU rounds otherwise
+    content = [weights_digest(model.state_dict() | seen), str(model), wanted, grid, kind]
     path = runs_dir() / ".features" / f"{digest(content)}.safetensors"
     try:
         kept = st.load(path.read_bytes())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.random import fork_rng
 
+from ..base.device import gpus
 from ..base.settings import check, first_line, plain_signature
 
 MODELS: dict[str, type[nn.Module]] = {}
@@ -67,7 +68,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def training_logits(model: nn.Module, images: Tensor) -> Tensor:
     """The logits of a training step; modes, buffers and random state are left alone."""
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with in_mode(model, training=True), fork_rng(range(torch.cuda.device_count())):
+    with in_mode(model, training=True), fork_rng(gpus()):
         return functional_call(model, statistics, (images,))
 
 
@@ -76,6 +77,8 @@ def takes_images(problem: str, remedy: str) -> Iterator[None]:
     """A model that cannot take the images in this block ends it with a ValueError of both."""
     try:
         yield
+    except torch.OutOfMemoryError:  # of a GPU: nothing is wrong with the images
+        raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"{problem} ({first_line(error)}). {remedy}") from error
 

@@ -105,7 +105,12 @@ def execute(job: Job) -> None:
     require_writable(job.failed.parent, job.output.parent)  # better now than after hours
     try:
         notebook = papermill.execute_notebook(
-            job.notebook, job.failed, job.parameters, progress_bar=False, **options
+            job.notebook,
+            job.failed,
+            job.parameters,
+            start_timeout=600,
+            progress_bar=False,
+            **options,
         )
     except papermill.PapermillExecutionError as error:
         reason = f"cell {error.exec_count} failed: {error.ename}: {error.evalue}"

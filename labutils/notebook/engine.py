@@ -24,6 +24,7 @@ from ..base.settings import first_line
 from .batch import Job, NotebookError, execute
 
 RETRIES = 2  # more tries for a notebook whose process was killed
+SENT = ("LABUTILS_DATA", "LABUTILS_RUNS", "LABUTILS_MODELS", "WANDB_MODE")  # to other machines
 MARK = "\f"  # where in what a process prints its error begins
 LOCAL = {  # a scheduler and workers in this process, which nobody reaches from another machine
     "threads_per_worker": 1,
@@ -42,7 +43,8 @@ def execute_all(
 ) -> int:
     """Execute notebooks; one that fails does not keep the others from it. ended: called for each.
 
-    at_once: how many, by default one a core. scheduler: address of one whose workers decide that.
+    at_once: how many, by default one a GPU, or one a core where there is none. scheduler: address
+        of one whose workers decide that; what LABUTILS_DATA and the like say goes there too.
     Returns 0, or 128 + the signal's number after Ctrl-C or a kill.
     Raises OSError if there is no scheduler at the address.
     """
@@ -50,9 +52,9 @@ def execute_all(
         return 0
     from distributed import Client, LocalCluster
 
-    from ..base.device import signals  # brings torch, which the processes can spare
+    from ..base.device import gpus, signals  # brings torch, which the processes can spare
 
-    at_once = min(at_once or joblib.cpu_count(), len(jobs))
+    at_once = min(at_once or len(gpus()) or joblib.cpu_count(), len(jobs))
     logging.getLogger("distributed").setLevel(logging.CRITICAL + 1)  # we say what matters
     shares = [] if scheduler else machine_shares(at_once)
     with ExitStack() as stack:
@@ -64,7 +66,9 @@ def execute_all(
             problem = f"--scheduler {cluster} cannot be reached ({first_line(error)})"
             hint = "Give the address that `dask scheduler` prints, tcp://HOST:8786 say"
             raise OSError(f"{problem}. {hint}.") from None
-        futures = client.map(_execute_apart, jobs, shares=shares, pure=False, retries=RETRIES)
+        own = {name: os.environ[name] for name in SENT if name in os.environ}
+        options = {"shares": shares, "own": own, "pure": False, "retries": RETRIES}
+        futures = client.map(_execute_apart, jobs, **options)
         waiting = dict(zip(futures, jobs))
         stack.callback(lambda: client.cancel(list(waiting)))
         while waiting and not stop:
@@ -80,9 +84,9 @@ def execute_all(
 
 def machine_shares(at_once: int) -> list[dict[str, str]]:
     """What the notebooks of each worker see of this machine: cores, and one GPU where there are."""
-    import torch
+    from ..base.device import gpus
 
-    threads, count = str(max(1, joblib.cpu_count() // at_once)), torch.cuda.device_count()
+    threads, count = str(max(1, joblib.cpu_count() // at_once)), len(gpus())
     shares = [{"OMP_NUM_THREADS": threads, **os.environ} for _ in range(at_once)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     for number, share in enumerate(shares if count > 1 else []):
@@ -90,7 +94,9 @@ def machine_shares(at_once: int) -> list[dict[str, str]]:
     return shares
 
 
-def _execute_apart(job: Job, shares: Sequence[dict[str, str]]) -> tuple[str | None, float]:
+def _execute_apart(
+    job: Job, shares: Sequence[dict[str, str]], own: dict[str, str]
+) -> tuple[str | None, float]:
     """What a worker does: a notebook in a process. Returns its error and its seconds.
 
     Raises ChildProcessError if the process was killed, so that Dask tries again.
@@ -100,7 +106,8 @@ def _execute_apart(job: Job, shares: Sequence[dict[str, str]]) -> tuple[str | No
     worker, started = get_worker(), time.monotonic()
     task = worker.state.tasks[worker.get_current_task()]
     command = [sys.executable, "-m", "labutils.notebook.engine", json.dumps(vars(job), default=str)]
-    options = {"env": shares[worker.name] if shares else None, "stdin": subprocess.PIPE}
+    env = shares[worker.name] if shares else {**os.environ, **own}
+    options = {"env": env, "stdin": subprocess.PIPE}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         # In a session of its own, so that Ctrl-C in a terminal reaches us alone.
         options |= {"stdout": log, "stderr": log, "start_new_session": True}

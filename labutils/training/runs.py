@@ -189,7 +189,8 @@ def open_stored(path: Path, model: nn.Module | None = None) -> Run:
 def load_run(name: str) -> Run:
     """A finished run by its name, with its network on the CPU: one stored here, or a published one.
 
-    name: that of the run, with its key where two have the same name.
+    name: that of the run, with its key where two have the same name; the key alone finds it too
+        where its name has changed.
     Raises RunError if none or several have it, if only its card is published, or it is damaged.
     """
     check("load_run", {"name": str}, {"name": name})
@@ -200,6 +201,8 @@ def load_run(name: str) -> Run:
             stored[path.parent.name.removesuffix(".old")] = path.parent
     names = {home: (home, home.rpartition("-")[0]) for home in stored}
     fits = sorted(home for home in stored if name in names[home])
+    # A run that was trained again may have another name, under the same key.
+    fits = fits or [home for home in stored if home[-13:] == name[-13:]][:1]
     if len(fits) != 1:
         known = [each for both in names.values() for each in both]
         hint = f"{suggestion(name, known)} They are in {models_dir()} and {runs_dir()}."

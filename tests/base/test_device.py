@@ -16,6 +16,7 @@ from torch import nn
 import labutils as lab
 from labutils.base import device
 from labutils.base.device import resolve_device
+from labutils.models.registry import training_logits
 
 CPU, SHAPE = torch.device("cpu"), (3, 16, 16)
 NETWORKS = {
@@ -195,6 +196,16 @@ def test_signals_are_collected_and_ignored_ones_stay_ignored():
 def test_a_seed_is_a_whole_number_of_32_bits(seed):
     with pytest.raises(ValueError, match=f"^seed_everything: seed = {seed!r}"):
         device.seed_everything(seed)
+
+
+def test_gpus_that_torch_cannot_use_are_left_alone(monkeypatch):
+    # As with a driver that is too old: it counts them, and every call to one fails.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(device.gpus()) == []
+    with device.own_random_numbers(0):
+        assert torch.rand(1).is_cpu
+    assert training_logits(nn.Linear(2, 3), torch.rand(4, 2)).shape == (4, 3)
 
 
 def test_random_numbers_of_ones_own_depend_on_the_seed_and_leave_the_callers():

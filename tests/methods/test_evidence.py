@@ -170,6 +170,7 @@ def test_maps_of_other_sizes_are_not_correlated(other):
 def test_random_numbers_of_gpus_are_put_back(monkeypatch):
     forked = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         torch.random, "fork_rng", lambda devices: forked.append([*devices]) or nullcontext()
     )

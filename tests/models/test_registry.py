@@ -142,3 +142,10 @@ def test_in_mode_gives_every_part_its_own_mode_back_even_after_an_error():
         look_and_fail()
     assert [part.training for part in model] == [True, False, True, True, True]
     assert model.training
+
+
+def test_a_gpu_without_memory_is_not_taken_for_images_that_do_not_fit():
+    with pytest.raises(torch.OutOfMemoryError, match=r"^full$"), registry.takes_images("p", "r"):
+        raise torch.OutOfMemoryError("full")
+    with pytest.raises(ValueError, match=r"^p \(odd\)\. r$"), registry.takes_images("p", "r"):
+        raise RuntimeError("odd")

@@ -178,6 +178,7 @@ def test_workers_share_the_cores_unless_the_user_says_otherwise(monkeypatch):
 )
 def test_workers_get_a_gpu_each_where_there_are_several(count, visible, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -193,6 +194,11 @@ def test_by_default_there_is_a_notebook_for_each_core_but_no_more_than_there_are
         with pytest.raises(ZeroDivisionError):
             engine.execute_all(jobs, print, at_once=at_once)
     assert seen == [2, 1, 3, 4]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # all share it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ZeroDivisionError):
+        engine.execute_all(jobs, print)
+    assert seen[-1] == 1
     assert engine.execute_all([], print) == 0
 
 
@@ -213,6 +219,7 @@ with (folder / f"seed{{seed}}").open("a") as file:
     file.write(f"{{os.getpid()}}\\n")
 while seed == 1 and (folder / "hang").exists():
     time.sleep(0.1)
+(folder / "runs").write_text(os.environ.get("LABUTILS_RUNS", ""))
 print(seed, sum(range(seed + 10)))
 """
 
@@ -237,8 +244,8 @@ class Project:
         self.processes.append(process)
         return process
 
-    def sweep(self, *options):
-        return self.start("labutils", "sweep", "1.1", "-p", "seed", "0,1,2", *options)
+    def sweep(self, *options, **more):
+        return self.start("labutils", "sweep", "1.1", "-p", "seed", "0,1,2", *options, **more)
 
     def kernels(self, seed, count):
         """The processes of the first kernels of a seed, as soon as there are so many."""
@@ -332,7 +339,8 @@ def test_a_cluster_goes_on_when_a_worker_is_killed_and_stops_when_nobody_waits(r
     lost.kill()
     wait_for(gone(kernel))
 
-    last = real.sweep("--scheduler", address)
+    mine = {**os.environ, "LABUTILS_RUNS": "my runs"}
+    last = real.sweep("--scheduler", address, env=mine)
     kernel = psutil.Process(real.kernels(1, 3)[2])
     process = kernel.parent()
     process.parent().kill()  # the worker
@@ -340,6 +348,7 @@ def test_a_cluster_goes_on_when_a_worker_is_killed_and_stops_when_nobody_waits(r
     wait_for(gone(kernel.pid, process.pid))
     (real.folder / "hang").unlink()
     assert last.wait(180) == 0
+    assert (real.folder / "runs").read_text() == "my runs"  # not what the worker was started with
 
     serial = real.sweep("--out", "serial")
     assert serial.wait(180) == 0
