@@ -56,8 +56,9 @@ def test_a_notebook_takes_images_of_your_own(number, tmp_path, monkeypatch):
     job = batch.prepare(path, tmp_path, {"dataset": "mine"} | given)
     batch.execute(replace(job, failed=tmp_path / "failed.ipynb"))
     verdicts = {row["claim"]: row["verdict"] for row in job.reported()["rows"]}
-    resumed = "A training that was cut off goes on, and ends with the same bits"
-    assert verdicts.get(resumed, "holds") == "holds"
+    if number == "1.1":  # with a batch or two an epoch, too
+        resumed = "A training that was cut off goes on, and ends with the same bits"
+        assert verdicts[resumed] == "holds"
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

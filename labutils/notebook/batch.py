@@ -102,16 +102,10 @@ def execute(job: Job) -> None:
     config = Config(KernelManager={"transport_encryption": "auto"})
     spec = {"name": "python3"} | read(job.notebook).metadata.get("kernelspec", {})
     options = {"kernel_name": spec["name"], "language": "python", "config": config}
+    options |= {"progress_bar": False, "start_timeout": 600}  # many kernels, a slow disk
     require_writable(job.failed.parent, job.output.parent)  # better now than after hours
     try:
-        notebook = papermill.execute_notebook(
-            job.notebook,
-            job.failed,
-            job.parameters,
-            start_timeout=600,
-            progress_bar=False,
-            **options,
-        )
+        notebook = papermill.execute_notebook(job.notebook, job.failed, job.parameters, **options)
     except papermill.PapermillExecutionError as error:
         reason = f"cell {error.exec_count} failed: {error.ename}: {error.evalue}"
         raise NotebookError(f"{reason}\n{kept}") from None

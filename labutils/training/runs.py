@@ -202,7 +202,8 @@ def load_run(name: str) -> Run:
     names = {home: (home, home.rpartition("-")[0]) for home in stored}
     fits = sorted(home for home in stored if name in names[home])
     # A run that was trained again may have another name, under the same key.
-    fits = fits or [home for home in stored if home[-13:] == name[-13:]][:1]
+    key = name.rpartition("-")[2]
+    fits = fits or [home for home in stored if home.rpartition("-")[2] == key][:1]
     if len(fits) != 1:
         known = [each for both in names.values() for each in both]
         hint = f"{suggestion(name, known)} They are in {models_dir()} and {runs_dir()}."

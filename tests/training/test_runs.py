@@ -627,6 +627,7 @@ def test_a_name_that_is_not_one_runs_is_refused(run, data):
         load_run("run")
     assert load_run(f"run-{other.key}").key == other.key
     assert load_run(f"as-it-was-called-{other.key}").key == other.key
+    assert load_run(other.key).key == other.key
 
 
 def test_a_card_without_weights_cannot_be_loaded(run):
