@@ -1,24 +1,27 @@
 """Where images come from: LABUTILS_DATA, torchvision, a folder or the package; NumPy arrays all."""
 
+import json
 import os
 import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from ..base.files import data_dir, project_dir
-from ..base.settings import first_line, suggestion
+from ..base.settings import check, first_line, suggestion
 from .folder import Arrays, DataError, read_folder
-from .superclasses import CIFAR100
+from .stencils import SHAPES, TEXTURES
 from .synthetic import SETS, generate
 
 Raw = tuple[str, tuple[str, ...], dict[str, Arrays]]  # source, classes, arrays of each split
 
-CIFAR100_CLASSES = sorted(" ".join(CIFAR100.values()).split())
+# Superclass -> its classes: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html
+CIFAR100 = json.loads(Path(__file__).with_name("cifar100.json").read_text())
+CIFAR100_CLASSES = sorted(name for names in CIFAR100.values() for name in names)
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 
 
@@ -192,3 +195,15 @@ def _folder(name: str, size: int | None) -> Raw:
     root = project_dir() / os.path.expanduser(name.removeprefix("folder:"))  # noqa: PTH111
     classes, splits = read_folder(root, size or 64)
     return f"folder {root.name}, {size or 64} px", classes, splits
+
+
+def superclasses(classes: Sequence[str]) -> list[str]:
+    """The superclass of each class, of cifar100 or of shapes100, whose superclasses are the shapes.
+
+    Raises ValueError for a class that has none.
+    """
+    coarse = {name: group for group, names in CIFAR100.items() for name in names}
+    coarse |= {f"{shape},_{texture}": shape for shape in SHAPES for texture in TEXTURES}
+    names = [name.replace(" ", "_") for name in classes]  # copies of cifar100 have either
+    check("superclasses", {"classes": list[Literal[*coarse]]}, {"classes": names})
+    return [coarse[name] for name in names]

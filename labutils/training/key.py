@@ -24,7 +24,8 @@ def run_key(
 
     teacher: its key; without one, keys are what they were before there were teachers.
     """
-    parts = [FORMAT, config.changes(), spec, weights, fingerprint]
+    # Without defaults, so that a setting added later leaves the keys of older runs alone.
+    parts = [FORMAT, config.values(exclude_defaults=True), spec, weights, fingerprint]
     return digest([*parts, teacher] if teacher else parts)
 
 

@@ -99,8 +99,6 @@ def test_a_bad_distortion_is_named(name, value):
     ("settings", "wanted"),
     [
         ({"batch_size": 12, "accumulate": 5}, r"accumulate = 5\. It has to divide batch_size = 12"),
-        ({"image_sizes": [24, 24]}, r"image_sizes = \[24, 24\]\. Each has to be larger than"),
-        ({"image_sizes": (32, 24)}, r"image_sizes = \(32, 24\)\. Each has to be larger than"),
         ({"image_sizes": [24, 0]}, r"image_sizes\[1\] = 0\. Input should be greater than 0"),
         ({"image_sizes": [2.5]}, r"image_sizes\[0\] = 2\.5\. Input should be a valid integer"),
     ],
@@ -139,7 +137,7 @@ def test_numbers_are_kept_as_json_has_them():
         lr=1, weight_decay=np.float64(0.5), optimizer=np.str_("sgd"), augment=Augment(rotate=5)
     )
     expected = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.5, "augment": {"rotate": 5.0}}
-    assert json.dumps(config.changes()) == json.dumps(expected)
+    assert json.dumps(config.values(exclude_defaults=True)) == json.dumps(expected)
     assert type(dataclasses.asdict(config)["weight_decay"]) is float
 
 
@@ -153,7 +151,7 @@ def test_changes_are_the_settings_that_differ_and_rebuild_the_config(settings, d
     if not settings.get("image_sizes"):  # a list here, a tuple there
         expected.pop("image_sizes", None)
     nested = {key: v for key, v in distortion.items() if v != defaults(Augment)[key]}
-    changes = built.changes()
+    changes = built.values(exclude_defaults=True)
     assert changes == expected | ({"augment": nested} if nested else {})
     stored = json.loads(json.dumps(changes))
     stored["augment"] = Augment(**stored.get("augment", {}))
@@ -189,13 +187,17 @@ def test_a_recipe_is_a_config_whose_settings_can_be_changed(name):
 
 def test_the_control_is_what_was_published():
     control = lab.recipe("control")
-    assert control.changes() == {"epochs": 30, "optimizer": "adam", "patience": 5}
+    assert control.values(exclude_defaults=True) == {
+        "epochs": 30,
+        "optimizer": "adam",
+        "patience": 5,
+    }
     assert (control.lr, control.batch_size, control.schedule) == (1e-3, 128, "constant")
 
 
 def test_our_recipes_are_what_the_published_runs_were_trained_with():
     ours, fast = lab.recipe("ours"), lab.recipe("fast")
-    assert ours.changes() == {
+    assert ours.values(exclude_defaults=True) == {
         "epochs": 30,
         "optimizer": "sgd",
         "lr": 0.1,
@@ -207,7 +209,7 @@ def test_our_recipes_are_what_the_published_runs_were_trained_with():
         "precision": "auto",
         "monitor": "val_accuracy",
     }
-    assert fast.changes() == {
+    assert fast.values(exclude_defaults=True) == {
         "epochs": 10,
         "batch_size": 2000,
         "accumulate": 16,

@@ -7,6 +7,7 @@ import random
 import shutil
 import socket
 import tarfile
+from collections import Counter
 from http.client import BadStatusLine
 from pathlib import Path
 from types import SimpleNamespace
@@ -482,3 +483,23 @@ def test_image_size_is_refused_where_it_has_no_effect(name, write_npz):
     write_npz("other")
     with pytest.raises(ValueError, match=f"image_size = 32 has no effect on '{name}'"):
         read(name, image_size=32)
+
+
+def test_cifar100_has_20_superclasses_of_five_classes_each():
+    coarse = lab.superclasses(sources.CIFAR100_CLASSES)
+    assert set(Counter(coarse).values()) == {5}
+    # The fine and coarse labels of the first classes, as the data set's own files pair them.
+    groups = sorted(sources.CIFAR100)
+    assert [groups.index(name) for name in coarse[:8]] == [4, 1, 14, 8, 0, 6, 7, 7]
+
+
+def test_a_generated_class_belongs_to_its_shape():
+    classes = lab.generate("shapes100", 100).classes
+    shapes = lab.generate("shapes10", 10).classes
+    assert lab.superclasses(classes) == [shape for shape in shapes for _ in range(10)]
+
+
+def test_a_class_without_a_superclass_is_refused():
+    assert lab.superclasses(["maple tree", "maple_tree"]) == ["trees", "trees"]
+    with pytest.raises(ValueError, match=r"superclasses: classes\[1\] = 'truck'"):
+        lab.superclasses(["apple", "truck"])
