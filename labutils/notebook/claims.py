@@ -65,10 +65,6 @@ class Score:
         """Difference of the test accuracies in points, for the seeds that both have."""
         return (self.values() - other.values()).dropna()
 
-    def right(self, seed: int) -> Tensor | None:
-        """Which test images the run of a seed has right: bool [N]; see Metrics."""
-        return self.runs[seed].test(self.data).right
-
     @functools.cached_property
     def logits(self) -> Tensor:
         """What the run of the first seed says of the test images: [N, num_classes], on the CPU.
@@ -226,7 +222,7 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
     if isinstance(one, Score) and isinstance(other, Score) and n:
         tests = [(score.data.test.images, score.data.test.labels) for score in (one, other)]
         seed = apart.index[0]
-        right = [score.right(seed) for score in (one, other)]
+        right = [score.runs[seed].test(score.data).right for score in (one, other)]
         if not all(map(torch.equal, *tests)):
             evidence += ", not of the same test images"
         elif any(images is None for images in right):

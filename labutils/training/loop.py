@@ -26,7 +26,7 @@ from ..evaluation.metrics import loss_and_accuracy
 from ..models.registry import num_parameters
 from . import checkpoint, watch
 from .key import identify, run_key
-from .optim import image_size, lr_factor, make_optimizer, require_trainable, stop_reason
+from .optim import lr_factor, make_optimizer, require_trainable, stop_reason
 from .runs import Run, RunError, find, finish, open_part, save_weights, store_lock
 from .target import Teacher, batch_loss, require_teachable
 
@@ -58,7 +58,8 @@ def train(
     track: see watch.open_mirrors. progress: live bar, and a line when a stored run is loaded.
     config.accumulate: a step is computed in so many parts, whose gradients add up to those of the
         batch; batch norm sees one part at a time. config.image_sizes: images are shrunk to each of
-        these in turn, for equal shares of the steps; the last is their own. Scored at full size.
+        these in turn, for equal shares of the steps (Tan and Le 2021,
+        https://arxiv.org/abs/2104.00298); the last is their own. Scored at full size.
     checkpoint_seconds: time between checkpoints; besides, a kill costs a step or a validation.
     A model.compile() before, like the device and bf16, changes rounding and dropout's choice, but
     not the key.
@@ -107,8 +108,8 @@ def _loop(state, data, config, teacher, after_step, after_epoch) -> str | None:
             step = epoch * steps + state.batch // config.accumulate
             size = sum(len(labels) for _, labels in parts)
             for images, labels in parts:
-                if config.image_sizes:
-                    images = resize(images, image_size(config, step, steps))
+                if sizes := config.image_sizes:  # each in turn, for equal shares of the steps
+                    images = resize(images, sizes[step * len(sizes) // (steps * config.epochs)])
                 with precision:
                     logits = model(images)
                 logits = logits.float()

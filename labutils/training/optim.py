@@ -96,16 +96,6 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
-def image_size(config: TrainConfig, step: int, steps_per_epoch: int) -> int:
-    """The side of the images in a step: each of config.image_sizes for an equal share of the steps.
-
-    Small images first, after Tan and Le 2021, https://arxiv.org/abs/2104.00298: their features
-    are learned at a fraction of the operations.
-    """
-    total, sizes = config.epochs * steps_per_epoch, config.image_sizes
-    return sizes[step * len(sizes) // total]
-
-
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """An optimizer over the parameters that require a gradient, fused where torch has it so.
 

@@ -87,18 +87,14 @@ class Run:
         """
         self._require_trained_on(data)
         name = "test_flip" if tta else "test"
-        if name in self.scores:
-            return self.scores[name]
-        card, found = _card(self.path), self._measure(data, name)
-        self.scores[name] = found
-        # An unfinished run goes on in its folder, and its weights will be others.
-        if self.path.is_dir() and self.stop_reason != "interrupted":
-            try:
-                if (known := cards.read(card))["info"] == self.info:  # else a later run's
-                    cards.write(card, known | {name: found.values()})
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
-        return found
+        if name not in self.scores:
+            self.scores[name] = self._measure(data, name)
+            if self.path.is_dir() and (card := self._own_card()):
+                try:
+                    cards.write(_card(self.path), card | {name: self.scores[name].values()})
+                except OSError as error:
+                    warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
+        return self.scores[name]
 
     def _require_trained_on(self, data: ImageData) -> None:
         check("test", {"data": InstanceOf[ImageData]}, {"data": data})
@@ -129,15 +125,15 @@ class Run:
     def network(self) -> nn.Module:
         """A copy of the model with the stored weights: a caller may have gone on changing it."""
         model = copy.deepcopy(self.require_model())
-        if self._stands():
+        if self._own_card() and self.weights.exists():
             load_weights(model, self.weights)
         return model
 
-    def _stands(self) -> bool:
-        """Whether the weights at its path are its own: a later run may have taken its place."""
+    def _own_card(self) -> dict[str, Any] | None:
+        """Its card, None if it is unfinished or a later run has taken its place."""
         with suppress(OSError, ValueError, LookupError, TypeError):
-            return cards.read(_card(self.path))["info"] == self.info and self.weights.exists()
-        return False
+            card = cards.read(_card(self.path))
+            return card if card["info"] == self.info else None
 
     def __repr__(self) -> str:
         if not self.rows:
@@ -285,17 +281,15 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
     It replaces a card of the same key; what is published already keeps its weights. command: what
     measures the numbers again. half: the run's data if weights are to be float16, off by at most
     0.1 % or 3e-8; the card then has the scores of these, measured on it.
-    Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
-    ValueError for a name that is no file name or a key not its own.
+    Raises RunError for an unfinished run, weights that are gone, or one too large for float16.
     """
     run.require_finished()
     path = models_dir() / f"{run.name}-{run.key}.json"
-    cards.require_own(path.stem, run.name, run.key, run.info)
     stored = path.with_suffix(".safetensors")
     if weights:
         run.require_model()
     if weights and run.path != path:
-        if not run._stands():
+        if not (run._own_card() and run.weights.exists()):
             problem = f"{run.weights} is gone; another run of the same settings has replaced it"
             raise RunError(f"{run.name}: {problem}. Give every run its own settings, a seed say.")
         # Measured before anything is replaced, since it takes a while and may be interrupted.

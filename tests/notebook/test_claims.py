@@ -24,14 +24,12 @@ class Fixed(lab.Score):
     def __init__(self, numbers, hits=None):
         numbers = pd.Series(numbers, dtype=float)
         object.__setattr__(self, "numbers", numbers)
-        super().__init__(dict.fromkeys(numbers.index), SimpleNamespace(test=IMAGES))
-        object.__setattr__(self, "given_hits", hits)
+        right = None if hits is None else torch.tensor(hits)
+        run = SimpleNamespace(test=lambda data: SimpleNamespace(right=right))
+        super().__init__(dict.fromkeys(numbers.index, run), SimpleNamespace(test=IMAGES))
 
     def values(self, what="accuracy", *, tta=False):
         return self.numbers
-
-    def right(self, seed):
-        return None if self.given_hits is None else torch.tensor(self.given_hits)
 
 
 def verdict(method, *args, **kwargs):
@@ -263,9 +261,10 @@ def test_a_score_measures_each_seed(trained, data):
     best = [run.best("val_accuracy") for run in score.runs.values()]
     assert list(score.values("val_accuracy")) == pytest.approx([100 * value for value in best])
     assert list(score.values("epochs")) == [1, 1, 1]
-    assert score.right(0).equal(score.logits.argmax(dim=1) == data.test.labels)
-    for seed, found in enumerate(measured):
-        assert score.right(seed).double().mean().item() == found.accuracy
+    right = [run.test(data).right for run in score.runs.values()]
+    assert right[0].equal(score.logits.argmax(dim=1) == data.test.labels)
+    for hits, found in zip(right, measured, strict=True):
+        assert hits.double().mean().item() == found.accuracy
 
 
 def test_the_long_table_has_a_row_for_each_run_and_split(trained):

@@ -11,7 +11,6 @@ from torch.optim import lr_scheduler
 
 import labutils as lab
 from labutils.training.optim import (
-    image_size,
     lr_factor,
     make_optimizer,
     orthogonalise,
@@ -215,16 +214,6 @@ def test_all_but_the_smallest_singular_values_come_near_1():
 
 def test_without_a_gradient_nothing_is_turned():
     assert torch.equal(orthogonalise(torch.zeros(3, 4)), torch.zeros(3, 4))
-
-
-def test_image_sizes_have_equal_shares_of_the_steps_and_end_with_the_last():
-    config = lab.TrainConfig(epochs=2, image_sizes=(16, 24, 32))
-    sizes = [image_size(config, step, 6) for step in range(12)]
-    assert sizes == [16] * 4 + [24] * 4 + [32] * 4
-    sizes = [image_size(config, step, 4) for step in range(8)]
-    assert sizes == sorted(sizes)
-    assert sizes[-1] == 32
-    assert [sizes.count(side) for side in (16, 24, 32)] == [3, 3, 2]
 
 
 def muon_after_two_steps(model, images):
