@@ -158,7 +158,7 @@ def _torchvision(name: str, size: int | None) -> Raw:
             splits[split] = _checked(*arrays, split, len(known.classes))
     except Exception as error:  # torchvision reports damage as almost any exception
         problem = f"{root / known.folder} is damaged or incomplete ({first_line(error)})"
-        hint = f"Delete that folder and run again, or put a whole copy at {root / name}.npz"
+        hint = "Delete that folder and run again, or put a copy in its place"
         raise DataError(f"load_data: {problem}. {hint}.") from error
     return f"torchvision {known.dataset}", tuple(known.classes), splits
 
@@ -183,7 +183,7 @@ def _download(name: str) -> None:
             f"load_data: {name!r} is not on disk and could not be downloaded: {first_line(error)}\n"
             f"Looked for: {root / name}.npz, then {root / known.folder}.\n"
             "Three ways to get it: 1. connect to the network and run again; "
-            f"2. copy {name}.npz (x_train, y_train, x_test, y_test) into {root}; "
+            f"2. copy {known.folder} or {name}.npz (x_train, y_train, x_test, y_test) into {root}; "
             "3. set LABUTILS_DATA to a folder that holds it.\n"
             f"The embedded load_data({known.stand_in!r}) answers the same question offline."
         ) from error
