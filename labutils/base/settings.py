@@ -131,6 +131,13 @@ class TrainConfig:
             raise ValueError(f"It has to divide batch_size = {info.data['batch_size']}")
         return value
 
+    @field_validator("image_sizes")
+    @classmethod
+    def _grow(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if list(sizes) != sorted(set(sizes)):
+            raise ValueError("Each has to be larger than the one before")
+        return sizes
+
     def values(self, **options: bool) -> dict[str, Any]:
         """The settings as plain JSON values, which a card gives back as they are."""
         return TypeAdapter(TrainConfig).dump_python(self, mode="json", **options)

@@ -6,13 +6,13 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from ..base.files import data_dir, project_dir
-from ..base.settings import check, first_line, suggestion
+from ..base.settings import first_line, suggestion
 from .folder import Arrays, DataError, read_folder
 from .stencils import SHAPES, TEXTURES
 from .synthetic import SETS, generate
@@ -204,6 +204,8 @@ def superclasses(classes: Sequence[str]) -> list[str]:
     """
     coarse = {name: group for group, names in CIFAR100.items() for name in names}
     coarse |= {f"{shape},_{texture}": shape for shape in SHAPES for texture in TEXTURES}
-    names = [name.replace(" ", "_") for name in classes]  # copies of cifar100 have either
-    check("superclasses", {"classes": list[Literal[*coarse]]}, {"classes": names})
-    return [coarse[name] for name in names]
+    found = {name: coarse.get(name.replace(" ", "_")) for name in classes}  # copies have either
+    if unknown := [name for name, group in found.items() if group is None]:
+        hint = "Give the classes of cifar100 or shapes100."
+        raise ValueError(f"superclasses: {unknown[0]!r} has no superclass. {hint}")
+    return [found[name] for name in classes]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.files import atomic_write, digest, write_json
+from .key import recorded_key
 
 
 class RunError(RuntimeError):
@@ -25,10 +26,15 @@ def read(path: Path) -> dict[str, Any]:
     card = json.loads(text)
     if card["digest"] != _card_digest(text):
         raise ValueError(f"{path.name} is not what was written: its digest is of another text")
-    home, own = path.parent.name if path.name == "card.json" else path.stem, "{name}-{key}"
-    if home.removesuffix(".old") != own.format(**card):
-        raise ValueError(f"{own.format(**card)} is not the name of this card")
+    home = path.parent.name.removesuffix(".old") if path.name == "card.json" else path.stem
+    require_own(home, card["name"], card["key"], card["info"])
     return card
+
+
+def require_own(home: str, name: str, key: str, info: dict[str, Any]) -> None:
+    """Raises ValueError unless home is the name of a run's card or folder, and the key its own."""
+    if home != f"{name}-{key}" or key != recorded_key(info):
+        raise ValueError(f"{name}-{key} is not the name of this card or the key of its settings")
 
 
 def write(path: Path, card: dict[str, Any]) -> None:

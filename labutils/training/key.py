@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 
 from ..base.device import own_random_numbers
 from ..base.files import digest
-from ..base.settings import TrainConfig
+from ..base.settings import Augment, TrainConfig
 from ..models import registry
 from .watch import warn
 
@@ -27,6 +27,20 @@ def run_key(
     # Without defaults, so that a setting added later leaves the keys of older runs alone.
     parts = [FORMAT, config.values(exclude_defaults=True), spec, weights, fingerprint]
     return digest([*parts, teacher] if teacher else parts)
+
+
+def recorded_key(info: dict[str, Any]) -> str:
+    """The key of a run by what its card says. Raises ValueError or TypeError for odd settings."""
+    augment = Augment(**_known(Augment, info["config"].get("augment", {})))
+    config = TrainConfig(**_known(TrainConfig, info["config"]) | {"augment": augment})
+    fingerprint = info["data"]["fingerprint"]
+    weights, teacher = info.get("weights", "seed"), info.get("teacher", "")
+    return run_key(config, info["model"], weights, fingerprint, teacher)
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    # Settings of earlier versions that are gone were switched off by 0 or None.
+    return {k: value for k, value in values.items() if value or k in kind.__dataclass_fields__}
 
 
 def remember_origin(model: nn.Module, key: str, *, new_head: bool = False) -> None:

@@ -281,10 +281,12 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
     It replaces a card of the same key; what is published already keeps its weights. command: what
     measures the numbers again. half: the run's data if weights are to be float16, off by at most
     0.1 % or 3e-8; the card then has the scores of these, measured on it.
-    Raises RunError for an unfinished run, weights that are gone, or one too large for float16.
+    Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
+    ValueError for a name that is no file name or a key not its own.
     """
     run.require_finished()
     path = models_dir() / f"{run.name}-{run.key}.json"
+    cards.require_own(path.stem, run.name, run.key, run.info)
     stored = path.with_suffix(".safetensors")
     if weights:
         run.require_model()

@@ -99,6 +99,8 @@ def test_a_bad_distortion_is_named(name, value):
     ("settings", "wanted"),
     [
         ({"batch_size": 12, "accumulate": 5}, r"accumulate = 5\. It has to divide batch_size = 12"),
+        ({"image_sizes": [24, 24]}, r"image_sizes = \[24, 24\]\. Each has to be larger than"),
+        ({"image_sizes": (32, 24)}, r"image_sizes = \(32, 24\)\. Each has to be larger than"),
         ({"image_sizes": [24, 0]}, r"image_sizes\[1\] = 0\. Input should be greater than 0"),
         ({"image_sizes": [2.5]}, r"image_sizes\[0\] = 2\.5\. Input should be a valid integer"),
     ],

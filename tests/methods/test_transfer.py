@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import labutils as lab
 from labutils.methods import transfer
 from labutils.training import runs
-from labutils.training.key import identify
+from labutils.training.key import identify, recorded_key
 from labutils.training.runs import RunError
 
 CONFIG = lab.TrainConfig(epochs=2, batch_size=13, lr=0.05, ema=0.9)
@@ -217,6 +217,8 @@ def test_the_key_says_what_a_run_starts_from_and_what_is_frozen(source, data):
     assert identify(network, 0)[1] == f"{key}, head drawn anew, {frozen} frozen"
     head = lab.train(network, data, CONFIG, **SETTINGS)
     assert identify(lab.start_from(head), 0)[1] == f"from run {head.key}"
+    for run in (head, lab.train(lab.start_from(head), data, CONFIG, **SETTINGS)):
+        assert recorded_key(run.info) == run.key
 
 
 @pytest.mark.parametrize(

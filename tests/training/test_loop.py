@@ -278,6 +278,19 @@ def test_images_grow_during_training_and_are_scored_at_full_size(data):
     assert torch.equal(small, F.interpolate(whole, (4, 4), mode="bilinear", antialias=True))
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "epochs", "shares"), [(16, 4, [4, 4, 4]), (16, 2, [2, 2, 2]), (6, 1, [3, 3, 2])]
+)
+def test_image_sizes_have_equal_shares_of_the_steps(data, batch_size, epochs, shares):
+    seen, model = [], make_cnn()
+    model.register_forward_pre_hook(lambda _, inputs: seen.append((model.training, *inputs)))
+    changes = {"image_sizes": (4, 5, 6), "epochs": epochs, "batch_size": batch_size}
+    train(data, with_changes(**changes), model)
+    sides = [images.shape[2] for training, images in seen if training]
+    assert sides == sorted(sides)
+    assert [sides.count(side) for side in (4, 5, 6)] == shares
+
+
 FAST = with_changes(EVERYTHING, optimizer="muon", batch_size=24, accumulate=3, image_sizes=(5, 6))
 
 

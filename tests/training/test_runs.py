@@ -380,7 +380,7 @@ def config_of(stored):
 def test_published_runs_are_found_by_what_they_computed():
     assert CARDS
     for path in CARDS:
-        # Checks the digest and the file's name.
+        # Checks the digest, the file's name, and the key.
         card = cards.read(path)
         info = card["info"]
         config = config_of(info["config"])
@@ -468,10 +468,12 @@ def rewrite(path, **changes):
     cards.write(path, card_of(path) | changes)
 
 
-def test_a_card_of_another_name_or_key_is_refused(run):
+def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
     card = publish(run, weights=False, command="")
     shutil.rmtree(run.path)
+    other = dict(run.info, config=run.info["config"] | {"lr": 0.5})
     for changes, wanted in [
+        ({"info": other}, "or the key of its settings"),
         ({"name": "../outside"}, r"\.\./outside-\w+ is not the name of this card"),
         ({"key": "0123456789ab"}, "run-0123456789ab is not the name"),
     ]:
@@ -484,6 +486,14 @@ def test_a_card_of_another_name_or_key_is_refused(run):
     card.unlink()
     with pytest.raises(RunError, match=r"is damaged .*run-.* is not the name of this card"):
         find(run.key, make_model())
+
+
+def test_a_name_does_not_lead_a_publication_out_of_its_folder(run, tmp_path):
+    for name, key in (("../../run", run.key), ("a/b", run.key), ("run", "0123456789ab")):
+        run.name, run.key = name, key
+        with pytest.raises(ValueError, match="is not the name of this card"):
+            publish(run, weights=True, command="")
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
