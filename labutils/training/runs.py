@@ -278,9 +278,9 @@ def finish(run: Run, weights: dict[str, torch.Tensor]) -> None:
 def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = None) -> Path:
     """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
 
-    It replaces a card of the same key; what is published already keeps its weights. command: what
-    measures the numbers again. half: the run's data if weights are to be float16, off by at most
-    0.1 % or 3e-8; the card then has the scores of these, measured on it.
+    It replaces a card of the same key; what is published already keeps its weights and command.
+    command: what measures the numbers again. half: the run's data if weights are to be float16,
+    off by at most 0.1 % or 3e-8; the card then has the scores of these, measured on it.
     Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
     ValueError for a name that is no file name or a key not its own.
     """
@@ -301,6 +301,7 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
             run = replace(run, scores=rounded)
         cards.copy_weights(run.weights, stored, half=half is not None)
     kept = weights or run.path == path
+    command = cards.read(path)["command"] if run.path == path else command
     _write_card(path, run, stored if kept else None, command)
     if not kept:
         stored.unlink(missing_ok=True)

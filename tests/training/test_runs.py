@@ -116,10 +116,11 @@ def test_weights_published_in_half_precision_take_half_the_space_and_come_close(
     for near, exact in zip(found.model.parameters(), run.model.parameters()):
         assert near.dtype == torch.float32
         torch.testing.assert_close(near, exact, rtol=2**-11, atol=2**-24)
-    # Publishing what is published leaves the file alone.
+    # Publishing what is published leaves the file alone, and whose command measures it again.
     before = found.weights.read_bytes()
-    publish(found, weights=True, command="")
+    publish(found, weights=True, command="of another exercise")
     assert found.weights.read_bytes() == before
+    assert json.loads(card.read_text())["command"] == ""
 
 
 @pytest.mark.parametrize("flip", [False, True])
