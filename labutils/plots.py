@@ -55,8 +55,10 @@ def _checked(table: DataFrame, numbers: Sequence[str], hue: str, *names: str) ->
 
 def _describe(axis, y: str, sizes: Series, note="", spread="mean ± deviation") -> None:
     """Name the y axis; say above the axes what is drawn, and of how many measurements."""
+    sizes = sizes[sizes > 0] if sizes.any() else sizes
     least, most = sizes.min(), sizes.max()
-    hollow = any(line.get_markerfacecolor() == "white" for line in axis.get_lines())
+    white = [line for line in axis.get_lines() if line.get_markerfacecolor() == "white"]
+    hollow = any(len(line.get_xdata()) for line in white)
     n = f"{least}{' (hollow)' * hollow} to {most}" if least < most else most
     text = note if most == 1 else f"{note}{spread}, "
     axis.set_title(f"{text}n = {n}", loc="left", fontsize=9, color=GREY)
@@ -304,7 +306,6 @@ def layers(table: DataFrame, *, panel: str, hue: str, y: str, title: str) -> Fig
         _curves(axis, rows, "layer, from the input", y, hue, colors)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         sizes = rows.groupby([hue, "layer"])[y].count()
-        sizes = sizes[sizes > 0] if sizes.any() else sizes
         _describe(axis, y if axis is axes[0] else "", sizes, f"{name}   ", BAND)
     for axis in axes:  # one scale, but a panel without anything to draw knows no ticks
         _log_ticks(axis.yaxis)

@@ -401,6 +401,18 @@ def test_errors_may_have_a_logarithmic_axis():
     assert draw("lines").axes[0].get_yscale() == draw("dots").axes[0].get_xscale() == "linear"
 
 
+@pytest.mark.parametrize("kind", ["lines", "dots"])
+def test_a_caption_counts_what_is_drawn_and_names_only_hollow_points_that_are(kind):
+    value = {"x": [1, 1, 2, 2, 2], "y": [4.0, 5.0, 4.0, 5.0, 6.0], "who": "a", "row": list("aabbb")}
+    options = {"hue": "who", "title": "t"}
+    options |= {"x": "x", "y": "y"} if kind == "lines" else {"x": "y", "y": "row"}
+    draw_it = getattr(plots, kind)
+    table = pd.DataFrame(value)
+    assert draw_it(table, **options).axes[0].get_title("left").endswith("n = 2 to 3")
+    table.loc[:1, "y"] = np.nan
+    assert draw_it(table, **options).axes[0].get_title("left").endswith("n = 3")
+
+
 def test_results_stand_at_each_mean_price_in_one_colour_a_model(figures):
     wide, narrow = figures["against"].axes
     first, second = (

@@ -53,7 +53,7 @@ def _readable_errors(known: Iterable[str]) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error, or its kind if it says nothing: fits into another message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ def read_folder(root: Path, size: int) -> tuple[tuple[str, ...], dict[str, Array
         classes = sorted(name for name in named if not name.startswith("."))
         numbers = {name: number for number, name in enumerate(classes)}
         trees = {s: make_dataset(root / s, numbers, is_valid_file=is_image) for s in found}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         needed = f"Each class needs an image ({', '.join(SUFFIXES)}) in each of {', '.join(found)}"
         raise DataError(f"load_data: {root}: {str(error).rstrip('.')}. {needed}.") from error
     for split, tree in trees.items():

@@ -172,6 +172,7 @@ def test_a_written_file_is_as_readable_as_any_other(tmp_path):
 def test_a_silent_error_is_named_by_its_kind():
     assert base.first_line(RuntimeError("first\nsecond")) == "first"
     assert base.first_line(RuntimeError()) == "RuntimeError"
+    assert base.first_line(RuntimeError("\nsecond")) == "second"
 
 
 def test_only_a_name_that_is_near_is_suggested():
