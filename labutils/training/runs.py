@@ -301,7 +301,8 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
             run = replace(run, scores=rounded)
         cards.copy_weights(run.weights, stored, half=half is not None)
     kept = weights or run.path == path
-    command = cards.read(path)["command"] if run.path == path else command
+    if run.path == path and (own := run._own_card()):
+        command = own["command"]
     _write_card(path, run, stored if kept else None, command)
     if not kept:
         stored.unlink(missing_ok=True)

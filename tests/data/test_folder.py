@@ -217,15 +217,15 @@ def test_an_incomplete_folder_says_what_is_needed(tree, tmp_path):
         read(f"folder:{root}")
 
 
-def caches() -> list[Path]:
-    return list((data_dir() / "cache").glob("*.npz"))
-
-
 def test_a_folder_whose_only_classes_are_hidden_says_what_is_needed(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / ".hidden").mkdir(parents=True)
     with pytest.raises(DataError, match="Each class needs an image"):
         read(f"folder:{tmp_path}")
+
+
+def caches() -> list[Path]:
+    return list((data_dir() / "cache").glob("*.npz"))
 
 
 def test_linked_files_and_class_folders_are_read(tree, tmp_path):

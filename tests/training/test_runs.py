@@ -121,6 +121,10 @@ def test_weights_published_in_half_precision_take_half_the_space_and_come_close(
     publish(found, weights=True, command="of another exercise")
     assert found.weights.read_bytes() == before
     assert json.loads(card.read_text())["command"] == ""
+    # A card that is gone is written again.
+    card.unlink()
+    publish(found, weights=True, command="again")
+    assert json.loads(card.read_text())["command"] == "again"
 
 
 @pytest.mark.parametrize("flip", [False, True])
