@@ -115,7 +115,8 @@ def _log_ticks(axis) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     decades = np.ptp(np.log10(axis.get_view_interval()))
     steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3)
-    axis.set_major_locator(LogLocator(subs=steps if decades < 2.5 else (1,), numticks=9))
+    powers = LogLocator(subs=steps if decades < 2.5 else (1,), numticks=9)
+    axis.set_major_locator(powers if decades > 0.35 else MaxNLocator(6, steps=[1, 2, 5, 10]))
 
     def written(value: float, _) -> str:
         if decades > 8:

@@ -22,7 +22,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, device=torch.device(device)).device
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         problem = f"device = {str(device)!r} cannot be used here ({first_line(error)})"
         allowed = "'auto', 'cpu', 'cuda', 'cuda:N', 'mps'; 'auto' always works"
@@ -96,8 +96,8 @@ def prefer_channels_last(model: nn.Module, device: torch.device) -> None:
         strided = layer.kernel_size == (1, 1) and max(layer.stride) > 1
         if strided and layer.in_channels // layer.groups < 8:
             return
-    if convolutions and device.type in ("cpu", "cuda"):  # on other kinds nobody has looked
-        model.to(memory_format=torch.channels_last)
+    for layer in convolutions if device.type in ("cpu", "cuda") else ():  # others: nobody looked
+        layer.to(memory_format=torch.channels_last)
 
 
 def choose_threads(model: nn.Module, batch_size: int, device: torch.device) -> int:

@@ -7,11 +7,11 @@ import torch
 from pydantic import Field
 
 from ..base.device import resolve_device
-from ..base.settings import PositiveInt, Seed, check
+from ..base.settings import PositiveFloat, PositiveInt, Seed, check
 from .sources import Arrays, read
 from .tensors import ImageData, Split, pixel_statistics
 
-_KINDS = {"name": str, "val_size": float, "subset": Annotated[float, Field(gt=0, le=1)]}
+_KINDS = {"name": str, "val_size": PositiveFloat, "subset": Annotated[float, Field(gt=0, le=1)]}
 _KINDS |= {"seed": Seed, "image_size": PositiveInt | None, "shortcut": float | None}
 
 

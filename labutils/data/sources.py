@@ -63,8 +63,9 @@ def read(name: str, *, image_size: int | None = None, shortcut: float | None = N
         raise ValueError(f"load_data: {problem}, {more}.")
     sized = load is _folder or (load is not _npz and name in (*SETS, "imagenette"))
     if image_size is not None and not sized:
-        hint = f"Leave it out; it is for imagenette, {', '.join(SETS)} and folder:PATH."
-        raise ValueError(f"load_data: image_size = {image_size} has no effect on {name!r}. {hint}")
+        which = f"{name!r}, read from {npz}" if load is _npz else repr(name)
+        hint = f"Leave it out; it is for imagenette's folder, {', '.join(SETS)} and folder:PATH."
+        raise ValueError(f"load_data: image_size = {image_size} has no effect on {which}. {hint}")
     if shortcut is not None and load is not _generated:
         hint = f"Leave it out; it is for {', '.join(SETS)}."
         raise ValueError(f"load_data: shortcut = {shortcut} has no effect on {name!r}. {hint}")

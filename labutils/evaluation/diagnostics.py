@@ -94,12 +94,12 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
         rows.append(row)
         seen.update(layer.parameters())
 
-    device = next((p.device for p in model.parameters()), "cpu")
+    like = next(model.parameters(), torch.empty(0))
     problem = f"summary: input_size = {input_size!r} does not fit the model"
     with takes_images(problem, "Give data.image_shape."):
         hook = register_module_forward_pre_hook(before)
         with hook, observed(model, after), in_mode(model, training=False), torch.no_grad(), counter:
-            output = model(torch.zeros(1, *input_size, device=device))
+            output = model(like.new_zeros(1, *input_size))
     seen.clear()
     after("total", model, output)  # the model is a row like its layers, of all parameters and FLOPs
     return pd.DataFrame(rows).set_index("layer")
@@ -121,6 +121,6 @@ def training_flops(
         sizes = [(input_size[0], side, side) for side in image_sizes] or [input_size]
         for size in sizes:
             # Of two, since batch norm has nothing to compare one with.
-            logits = training_logits(model, torch.zeros(2, *size, device=trained[0].device))
+            logits = training_logits(model, trained[0].new_zeros(2, *size))
             torch.autograd.grad(logits.sum(), trained, allow_unused=True)
     return counter.get_total_flops() // (2 * len(sizes))

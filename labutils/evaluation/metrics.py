@@ -98,11 +98,14 @@ def loss_and_accuracy(model: nn.Module, split: Split, *, precision="float32") ->
 def metrics_from_logits(logits: Tensor, labels: Tensor, *, top_k: int = 5) -> Metrics:
     """Metrics of logits [N, num_classes], labels int64 [N].
 
-    Raises ValueError if a label has no logit, or a logit is not finite.
+    Raises ValueError for others, if a label has no logit, or a logit is not finite.
     """
     from scipy.stats import binomtest
     from torchmetrics.functional import classification as tm
 
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        found = f"logits {list(logits.shape)} and labels {labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"evaluate: {found}. Give logits [N, num_classes], labels int64 [N].")
     n, num_classes = logits.shape
     if len(bad := (~logits.isfinite().all(dim=1)).nonzero()):
         hint = "Check the weights, and that the images are normalised."

@@ -51,10 +51,13 @@ class FastNet(ConvNet):
         """
         # In double precision: a difference in the last bit would be other weights, another run.
         layer = self.stages["whiten"][0]
-        fits = images.ndim == 4 and images.shape[1] == layer.in_channels and images.isfinite().all()
-        if not (fits and len(images) and images.is_floating_point() and min(images.shape[2:]) > 1):
-            needed = f"finite float [n, {layer.in_channels}, H, W], n above 0, H and W above 1"
+        found, fits = type(images).__name__, False
+        if isinstance(images, Tensor):  # and no batch, of images and labels
             found = f"{images.dtype} {list(images.shape)}"
+            fits = images.ndim == 4 and images.shape[1] == layer.in_channels and len(images) > 0
+            fits = fits and images.is_floating_point() and min(images.shape[2:]) > 1
+        if not (fits and images.isfinite().all()):
+            needed = f"finite float [n, {layer.in_channels}, H, W], n above 0, H and W above 1"
             raise ValueError(f"FastNet.whiten: images are {found}. Give normalised ones, {needed}.")
         count, total, moments = 0, 0, 0
         for chunk in images.split(512):  # all patches at once would take gigabytes

@@ -15,7 +15,7 @@ from .registry import Classes, register
 class MLP(nn.Sequential):
     """Flatten, then linear, (batch norm), ReLU for each width, then linear: [N, ...] to logits.
 
-    hidden: widths; [] is a linear classifier. dropout: fraction of the last width that is dropped.
+    hidden: widths; [] is a linear classifier. dropout: fraction of the last layer's input.
     init: 'torch', or 'he': normal weights of variance 2 / inputs in front of a ReLU, which keep the
         size of the signal from layer to layer (He et al. 2015, https://arxiv.org/abs/1502.01852).
     """
@@ -68,7 +68,8 @@ class ResidualMLP(nn.Sequential):
     """The MLP with the same hidden layers, at least two, and skips over blocks of them.
 
     hidden: the first has no skip; those after it are cut into blocks of `block` layers, the last of
-        which takes what is left. Equal widths: as many parameters as in the MLP. dropout: as above.
+        which takes what is left. Equal widths: as many parameters as in the MLP.
+    dropout: as in ResidualBlock.
     """
 
     def __init__(

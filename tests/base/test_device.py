@@ -108,13 +108,26 @@ def test_the_memory_format_changes_no_number(network):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: lab.MLP(12, [4], 3), lambda: lab.ResNet(SHAPE, 4, width=7)]
+    "make",
+    [
+        lambda: lab.MLP(12, [4], 3),
+        lambda: lab.ResNet(SHAPE, 4, width=7),
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1, stride=2, groups=4)),
+    ],
 )
 def test_a_perceptron_and_a_network_with_narrow_projections_stay_as_they_are(make):
     model = make()
     pointers = [p.data_ptr() for p in model.parameters()]
     device.prefer_channels_last(model, CPU)
     assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def test_what_is_no_convolution_of_images_keeps_its_format():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(4, 4, 3))
+    device.prefer_channels_last(model, CPU)
+    flat, solid = (layer.weight for layer in model)
+    assert flat.is_contiguous(memory_format=torch.channels_last)
+    assert solid.is_contiguous()
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -136,7 +149,7 @@ def test_bf16_is_near_float32_and_trains_weights_in_float32(network, monkeypatch
 
 
 def test_a_convolution_is_not_kept_to_one_thread():
-    linear, conv = lab.MLP(36, [8], 3), nn.Conv2d(1, 2, 3)
+    linear, conv = lab.MLP(36, [8], 3, batch_norm=True), nn.Conv2d(1, 2, 3)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -153,7 +166,7 @@ def test_auto_is_cuda_where_there_is_one(available, kind, monkeypatch):
     assert device.resolve_device(torch.device("cpu")) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "tpu", "", "hpu", "privateuseone"])
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "", "hpu", "privateuseone", None])
 def test_an_absent_device_is_named_with_those_allowed(device):
     with pytest.raises(ValueError, match=f"device = '{device}'.*Allowed: 'auto', 'cpu', 'cuda'"):
         resolve_device(device)

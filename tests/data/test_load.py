@@ -136,6 +136,9 @@ def test_a_source_with_its_own_val_split_keeps_it():
     )
     with mock.patch("labutils.data.load.read", return_value=raw):
         loaded = lab.load_data("r", device="cpu", val_size=4)
+        for bad in (-5, math.nan):
+            with pytest.raises(ValueError, match=f"^load_data: val_size = {bad!r}\\."):
+                lab.load_data("r", device="cpu", val_size=bad)
     for key, cut in parts.items():
         np.testing.assert_array_equal(getattr(loaded, key).images, images[cut])
 

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import random
+import re
 import shutil
 import socket
 import tarfile
@@ -488,6 +489,13 @@ def test_image_size_is_refused_where_it_has_no_effect(name, write_npz):
     write_npz("other")
     with pytest.raises(ValueError, match=f"image_size = 32 has no effect on '{name}'"):
         read(name, image_size=32)
+
+
+def test_image_size_is_for_imagenettes_folder_and_not_for_its_npz(write_npz):
+    path = re.escape(str(write_npz("imagenette")))
+    wanted = f"no effect on 'imagenette', read from {path}. Leave it out; .* imagenette's folder"
+    with pytest.raises(ValueError, match=wanted):
+        read("imagenette", image_size=32)
 
 
 def test_cifar100_has_20_superclasses_of_five_classes_each():

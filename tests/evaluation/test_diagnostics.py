@@ -303,6 +303,13 @@ def test_training_costs_a_backward_pass_for_the_input_and_one_for_the_weights():
     assert model.training
 
 
+def test_a_network_in_double_precision_is_counted_like_any_other():
+    single, double = (nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(2))
+    double.double()
+    assert lab.training_flops(double, (3, 2, 2)) == lab.training_flops(single, (3, 2, 2)) > 0
+    assert lab.summary(double, (3, 2, 2)).equals(lab.summary(single, (3, 2, 2)))
+
+
 def test_images_that_grow_cost_the_mean_of_their_sizes():
     model = lab.CNN((3, 16, 16), 10, widths=[4, 8])
     small, full = (lab.training_flops(model, (3, side, side)) for side in (8, 16))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import warnings
 
 import numpy as np
@@ -347,6 +348,21 @@ def test_a_label_without_a_logit_is_refused(model, digits, label):
     labels[3] = label
     with pytest.raises(ValueError, match=f"label {label} with 10 logits"):
         lab.evaluate(model, dataclasses.replace(digits.test, labels=labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (torch.zeros(4), "labels torch.float32 [4]"),
+        (torch.zeros(3, dtype=torch.int64), "labels torch.int64 [3]"),
+        (torch.zeros(4, 1, dtype=torch.int64), "labels torch.int64 [4, 1]"),
+    ],
+)
+def test_labels_of_another_form_are_refused_with_it(labels, found):
+    with pytest.raises(ValueError, match=re.escape(f"logits [4, 2] and {found}. Give ")):
+        metrics_from_logits(torch.zeros(4, 2), labels)
+    with pytest.raises(ValueError, match=r"logits \[4\] and "):
+        metrics_from_logits(torch.zeros(4), torch.zeros(4, dtype=torch.int64))
 
 
 def test_too_few_outputs_are_refused(digits):

@@ -95,12 +95,13 @@ def test_images_without_variance_give_finite_filters(images):
         torch.zeros(3, 8, 8),
         torch.zeros(0, 3, 8, 8),
         torch.zeros(4, 3, 8, 1),
+        torch.zeros(()),
+        (torch.zeros(4, 3, 8, 8), torch.zeros(4)),
     ],
 )
 def test_images_that_cannot_be_whitened_are_named(images):
-    with pytest.raises(
-        ValueError, match=r"whiten: images are torch\.\w+ \[.*float \[n, 3, H, W\], n above 0"
-    ):
+    found = r"(torch\.\w+ \[.*|tuple)\. Give .*float \[n, 3, H, W\], n above 0"
+    with pytest.raises(ValueError, match=f"whiten: images are {found}"):
         make_model().whiten(images)
 
 
