@@ -208,9 +208,12 @@ def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Mod
             seen.add(part)
 
     with register_module_forward_hook(note), evaluating(model, images):
-        num_classes = model(images[:1]).shape[1]
+        logits = model(images[:1])
+    if getattr(logits, "ndim", None) != 2:
+        found = getattr(logits, "shape", type(logits).__name__)
+        raise ValueError(f"explain: the model returned {found}, not logits [N, num_classes].")
     named = model.named_modules()
-    return {name: part for name, part in named if name and part in seen}, num_classes
+    return {name: part for name, part in named if name and part in seen}, logits.shape[1]
 
 
 def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[str, int]:

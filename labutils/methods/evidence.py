@@ -68,6 +68,8 @@ def grow(masks: Tensor, pixels: int) -> Tensor:
 
 def mosaics(images: Tensor) -> Tensor:
     """Four images [4 n, C, H, W] each in the quadrants of one: [n, C, 2 H, 2 W], row by row."""
+    if len(images) % 4:
+        raise ValueError(f"mosaics: there are {len(images)} images. Give a multiple of four.")
     rows = images.unflatten(0, (-1, 2, 2))  # [n, down, right, C, H, W]
     return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 

@@ -79,7 +79,8 @@ class Explorer(widgets.VBox):
             png = io.BytesIO()
             plots.explained(image, found.maps[0].cpu(), **options).savefig(png, format="png")
             sizes = zip((y, x), found.raw.shape[1:], image.shape[1:])
-            row, column = (place * cells // pixels for place, cells, pixels in sizes)
+            # An image of one's own is square, also where the network's are not.
+            row, column = (min(at * cells // pixels, cells - 1) for at, cells, pixels in sizes)
         except Exception as error:  # JupyterLab would put it into a log that nobody opens
             said = html.escape(f"{type(error).__name__}: {error}")
             self.message.value = f'<b style="color: var(--jp-error-color1, #b00)">{said}</b>'

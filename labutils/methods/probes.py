@@ -83,6 +83,11 @@ def probe(kind: str, train: Labelled, val: Labelled) -> Pipeline:
         if len(features) != len(labels) or not len(labels) or not np.isfinite(features).all():
             problem = f"{what} has {len(features)} rows of features, {len(labels)} labels"
             raise ValueError(f"probe: {problem}. Give one of each an image, all finite.")
+        if np.ndim(features) != 2 or features.shape[1] != train[0].shape[1]:
+            problem = f"{what} has features {list(features.shape)}, train {list(train[0].shape)}"
+            raise ValueError(f"probe: {problem}. Give [N, D], the same D.")
+    if kind in ("svm", "logistic") and len(np.unique(train[1])) < 2:
+        raise ValueError(f"probe: {kind} has labels of one class, {train[1][0]}. Give two or more.")
     classifier, setting, choices = _KINDS[kind]
     scaler = StandardScaler().fit(train[0])
     features, checked = scaler.transform(train[0]), scaler.transform(val[0])

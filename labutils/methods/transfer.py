@@ -9,16 +9,14 @@ from typing import Literal
 import safetensors.torch as st
 import torch
 from pydantic import InstanceOf
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..base.files import digest, runs_dir
+from ..base.files import digest, read_sealed, runs_dir, write_sealed
 from ..base.settings import PositiveInt, Seed, check
 from ..data.tensors import ImageData, Split
 from ..models import registry
 from ..models.convnets import ConvNet
-from ..training.cards import save_weights
 from ..training.key import as_its_spec, remember_origin, weights_digest
 from ..training.runs import Run, open_stored
 
@@ -53,12 +51,12 @@ def features(
     content = [weights_digest(model.state_dict() | seen), str(model), wanted, grid, kind]
     path = runs_dir() / ".features" / f"{digest(content)}.safetensors"
     try:
-        kept = st.load(path.read_bytes())
+        kept = st.load(read_sealed(path))
         return {name: kept[name] for name in wanted}
-    except (FileNotFoundError, SafetensorError):  # or cut short
+    except (OSError, ValueError):  # not there, or damaged
         found = _features(model, split, wanted, grid)
     with contextlib.suppress(OSError):  # a full disk, say: what was asked for is here
-        save_weights(path, found)
+        write_sealed(path, st.save(found))
         _forget_the_oldest(path)
     return found
 

@@ -137,7 +137,9 @@ def _shrink(data: dict[str, Any]) -> None:
     """Store a large picture as JPEG, a third of its PNG: GitHub is slow to show large notebooks."""
     if len(data.get("image/png", "")) > 2**17:
         picture, jpeg = Image.open(io.BytesIO(b64decode(data.pop("image/png")))), io.BytesIO()
-        picture.convert("RGB").save(jpeg, "jpeg", quality=90, subsampling=0)
+        white = Image.new("RGBA", picture.size, "white")  # what is transparent would become black
+        white.alpha_composite(picture.convert("RGBA"))
+        white.convert("RGB").save(jpeg, "jpeg", quality=90, subsampling=0)
         data["image/jpeg"] = b64encode(jpeg.getvalue()).decode()
 
 

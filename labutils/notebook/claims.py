@@ -98,6 +98,9 @@ def tabulate(scores: Mapping[Any, Score], names: Sequence[str]) -> pd.DataFrame:
     """
     if not scores:
         raise ValueError("tabulate: scores are empty. Give one at least.")
+    if taken := {"seed", "split", "accuracy (%)"} & {*names}:
+        problem = f"names = {list(names)}, but {', '.join(sorted(taken))} is a column already"
+        raise ValueError(f"tabulate: {problem}. Give others.")
     parts = []
     for key, score in scores.items():
         values = key if isinstance(key, tuple) else (key,)
@@ -107,7 +110,8 @@ def tabulate(scores: Mapping[Any, Score], names: Sequence[str]) -> pd.DataFrame:
         labels = dict(zip(names, values))
         for split, what in (("test", "accuracy"), ("train", "train_accuracy")):
             part = score.values(what).rename("accuracy (%)").reset_index()
-            parts.append(part.assign(split=split, **labels))
+            repeated = {name: [value] * len(part) for name, value in labels.items()}
+            parts.append(part.assign(split=split, **repeated))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -209,6 +213,8 @@ def _compare(one: Any, other: Any, unit: str) -> tuple[float, float, str]:
     first, second = (side.values() if isinstance(side, Score) else side for side in (one, other))
     kinds = dict.fromkeys(["first", "second"], InstanceOf[pd.Series])
     check("Claims: a Score or a Series by seed", kinds, {"first": first, "second": second})
+    if not (first.index.is_unique and second.index.is_unique):
+        raise ValueError("Claims: a seed has several numbers. Give one for each seed.")
     apart = (first - second).dropna()
     if (n := len(apart)) > 2:
         gain, width = apart.mean(), stats.t.ppf(0.975, n - 1) * apart.std() / math.sqrt(n)

@@ -77,9 +77,9 @@ class Experiment:
         labels: what tells this training from the others. They name the run and become columns of
             `frame` and `histories`, in place of what has the same name there; they are no part of
             what a stored run is found by.
-        Raises ValueError for seeds that are none or not distinct, a label `seed`, and a network in
-        place of what builds it; KeyboardInterrupt if a training was interrupted: an unfinished run
-        is no result.
+        Raises ValueError for seeds that are none or not distinct, a label `seed`, and one network
+        in place of what builds one for each; KeyboardInterrupt if a training was interrupted: an
+        unfinished run is no result.
         """
         check("fit", {"config": InstanceOf[TrainConfig]}, {"config": config})
         if isinstance(build, nn.Module) or not callable(build) or "seed" in labels:
@@ -93,7 +93,10 @@ class Experiment:
             seed_everything(seed)
             config = replace(config, seed=seed)
             options = {"teacher": teacher, "name": name, "retrain": self.retrain}
-            run = train(build(), data, config, **options)
+            network = build()
+            if any(network is run.model for run in runs.values()):
+                raise ValueError("fit: build gave one network twice. Let it make a new one.")
+            run = train(network, data, config, **options)
             if run.stop_reason == "interrupted":
                 go_on = "go on" if as_its_spec(run.model) else "start it anew"
                 hint = "; retrain = False keeps the finished runs" * self.retrain
@@ -133,7 +136,10 @@ class Experiment:
 
     def histories(self, **labels: Any) -> pd.DataFrame:
         """One row for each epoch of the runs with these labels: labels, seed, epoch, history."""
-        found = [run.history.reset_index().assign(**its) for its, run, _ in self._matching(labels)]
+        found = [
+            run.history.reset_index().assign(**{name: [v] * run.epochs for name, v in its.items()})
+            for its, run, _ in self._matching(labels)  # a label may be a list
+        ]
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
     def results(

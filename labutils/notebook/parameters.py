@@ -4,7 +4,7 @@ The command line checks names and types before a kernel starts; the library chec
 """
 
 import ast
-import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,12 +21,18 @@ class NotebookError(RuntimeError):
     """A notebook does not exist, cannot be read, or a cell of it failed."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, to which 1e-3 is a word; here it is a number, as in YAML 1.2 and JSON."""
+
+
+_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
 def from_yaml(text: str, *, owner: str) -> Any:
     """The value that a text stands for. Raises ValueError naming its owner if it is no YAML."""
-    with suppress(ValueError):
-        return json.loads(text)  # in YAML 1.1, 1e-3 is no number
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: the 13th month, say
         problem = getattr(error, "problem", None) or settings.first_line(error)
         raise ValueError(f"{owner} is no YAML: {problem}. Lists are written [3, 10].") from None

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..base.settings import TrainConfig, check
@@ -16,11 +18,15 @@ from ..models.registry import num_parameters, takes_images, training_logits
 def require_trainable(model: nn.Module, data: ImageData, config: TrainConfig) -> None:
     """Raise ValueError for what does not fit together; move the model to the data's device."""
     split, shape, classes = data.train, data.image_shape, data.num_classes
-    check("train", {"data.classes": list[str]}, {"data.classes": list(data.classes)})
+    names = Annotated[list[str], Field(min_length=2)]
+    check("train", {"data.classes": names}, {"data.classes": list(data.classes)})
     for name in ("train", "val", "test"):  # load_data makes them so, others may not
         images, labels = getattr(data, name).images, getattr(data, name).labels
         numbers = labels.dtype == torch.int64 and not ((labels < 0) | (labels >= classes)).any()
-        if len(images) != len(labels) or not numbers:
+        if images.shape[1:] != shape or (name == "val" and not len(images)):
+            problem = f"{name} has images {list(images.shape)}, train {list(split.images.shape)}"
+            raise ValueError(f"train: {problem}. Give at least one, all of one size.")
+        if labels.shape != images.shape[:1] or not numbers:
             problem = f"{name} has {len(images)} images and {len(labels)} labels, {labels.dtype}"
             allowed = f"one label an image, int64, from 0 to {classes - 1}"
             raise ValueError(f"train: {problem}. Give {allowed}.")

@@ -11,6 +11,18 @@ import labutils as lab
 from labutils.methods import cam
 from labutils.methods.cam import METHODS
 
+
+class Odd(nn.Module):
+    """A network that returns something else than logits."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.network, self.change = make(), change
+
+    def forward(self, images):
+        return self.change(self.network(images))
+
+
 AVERAGING = {
     "CNN": lambda: lab.CNN((3, 16, 16), 5, widths=[4, 6]),
     "FullyConvCNN": lambda: lab.FullyConvCNN(
@@ -381,3 +393,13 @@ def test_grad_cam_is_what_explains_unless_another_is_named():
     model, images = make(), some_images(3)
     assert lab.explain(model, images).maps.equal(lab.explain(model, images, "gradcam").maps)
     assert not lab.explain(model, images).maps.equal(lab.explain(model, images, "layercam").maps)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"), [(lambda x: (x, x), "tuple"), (lambda x: x[:, 0], r"torch.Size\(\[1\]\)")]
+)
+def test_a_network_that_returns_no_logits_is_told_what_it_returns(change, found):
+    with pytest.raises(
+        ValueError, match=rf"^explain: the model returned {found}, not logits \[N, "
+    ):
+        lab.explain(Odd(change), torch.zeros(2, 3, 16, 16), "gradcam")

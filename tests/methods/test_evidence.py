@@ -106,6 +106,11 @@ def test_baselines_know_nothing_of_the_image():
     assert torch.equal(centre, centre.flip(2))
 
 
+def test_mosaics_are_made_of_four():
+    with pytest.raises(ValueError, match=r"^mosaics: there are 5 images\. Give a multiple of four"):
+        evidence.mosaics(torch.zeros(5, 3, 4, 4))
+
+
 def test_a_mosaic_has_its_images_in_its_quadrants():
     images = torch.arange(8.0).view(8, 1, 1, 1).expand(-1, 3, 2, 5)
     found = evidence.mosaics(images)

@@ -118,6 +118,19 @@ def test_what_goes_wrong_is_said_and_the_picture_stays(model, data, tmp_path):
     assert "Raw value" in explorer.message.value
 
 
+def test_a_pixel_beside_an_image_of_ones_own_has_the_value_at_its_edge(model, data, tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "own.png")
+    explorer = lab.Explorer(model, data)
+    values = []
+    for x in (15, 23):  # of the square image the last column, of the data's
+        change(explorer, file=str(tmp_path / "own.png"), x=x)
+        values.append(
+            re.search(r"x = (\d+), y = \d+: <b>(.*)</b>", explorer.message.value).groups()
+        )
+    assert [x for x, _ in values] == ["15", "23"]
+    assert values[0][1] == values[1][1]
+
+
 def test_a_network_without_a_plain_map_is_told_what_works(data):
     explorer = lab.Explorer(lab.FastNet((3, 16, 24), 3, widths=[4, 8]), data)
     assert "Choose another method: gradcam" in explorer.message.value

@@ -83,6 +83,14 @@ def test_odd_requests_are_refused():
         lab.probe("forest", train, train)
     with pytest.raises(ValueError, match="n_neighbors = 50"):
         lab.probe("knn", train, train)
+    narrow = train[0][:, :-1], train[1]
+    with pytest.raises(ValueError, match=r"^probe: val has features .*, train .*the same D"):
+        lab.probe("svm", train, narrow)
+    with pytest.raises(ValueError, match=r"^probe: train has features \[20\]"):
+        lab.probe("svm", (train[0][:, 0], train[1]), train)
+    for kind in ("svm", "logistic"):
+        with pytest.raises(ValueError, match=f"^probe: {kind} has labels of one class, 0"):
+            lab.probe(kind, (train[0], 0 * train[1]), train)
 
 
 @pytest.mark.parametrize("kind", ["svm", "knn", "bayes", "logistic"])

@@ -135,9 +135,23 @@ def test_features_that_cannot_be_kept_are_returned_all_the_same(data, monkeypatc
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(transfer, "save_weights", full)
+    monkeypatch.setattr(transfer, "write_sealed", full)
     found = lab.features(model, data.test, grid=2)
     assert list(found) == list(kept)
+
+
+def test_features_that_were_damaged_are_made_again(data, tmp_path, monkeypatch):
+    model = NETWORKS["CNN"]()
+    kept = lab.features(model, data.test)
+    [file] = (tmp_path / "runs" / ".features").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
+    torch.testing.assert_close(lab.features(model, data.test), kept)
+    assert file.read_bytes() != content
+    (tmp_path / "no folder").touch()
+    monkeypatch.setenv("LABUTILS_RUNS", str(tmp_path / "no folder"))
+    torch.testing.assert_close(lab.features(model, data.test), kept)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -200,3 +200,8 @@ def test_large_pictures_become_jpegs_and_small_ones_stay_as_they_are():
     assert len(shrunk["image/jpeg"]) < len(large) / 2
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(shrunk["image/jpeg"]))))
     assert np.abs(seen.astype(int) - noise[..., :3]).mean() < 8  # of 255; noise is the worst
+    noise[:100, :, 3] = 0
+    output = new_output("display_data", {"image/png": png(noise)})
+    batch.clean(new_notebook(cells=[new_code_cell(outputs=[output])]))
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data["image/jpeg"]))))
+    assert seen[:90].mean() > 250  # white, as the page behind it

@@ -276,6 +276,7 @@ def test_the_long_table_has_a_row_for_each_run_and_split(trained):
     assert means["test", "ours"] == pytest.approx(statistics.fmean(ours.values()))
     assert means["train", "ours"] == pytest.approx(ours.values("train_accuracy").mean())
     assert list(lab.tabulate({3: ours}, ["width"]).width.unique()) == [3]
+    assert list(lab.tabulate({("a", (3, 4)): ours}, ["a", "widths"]).widths.unique()) == [(3, 4)]
 
 
 def test_what_is_no_score_is_named():
@@ -286,6 +287,9 @@ def test_what_is_no_score_is_named():
         claims.targets({"a": 3})
     with pytest.raises(ValueError, match=r"^tabulate: key = \('a', 'b'\), names = \['recipe'\]"):
         lab.tabulate({("a", "b"): None}, ["recipe"])
+    for name in ("split", "seed"):
+        with pytest.raises(ValueError, match=rf"^tabulate: names = \['{name}'\], but {name} is a"):
+            lab.tabulate({"a": None}, [name])
     with pytest.raises(ValueError, match=r"^tabulate: scores are empty"):
         lab.tabulate({}, ["recipe"])
     assert not claims.rows
@@ -330,3 +334,9 @@ def test_a_number_of_the_history_is_that_of_the_best_epoch_and_seconds_are_secon
     score = lab.Score({0: dataclasses.replace(run, rows=[*run.rows, worse])}, data)
     assert list(score.values("val_loss")) == [run.rows[0]["val_loss"]]
     assert list(score.values("seconds")) == [run.seconds]
+
+
+def test_two_numbers_of_one_seed_are_refused():
+    twice = pd.Series([1.0, 2.0, 3.0], index=[0, 0, 1])
+    with pytest.raises(ValueError, match=r"^Claims: a seed has several numbers"):
+        lab.Claims("9.9").above("a claim", twice, twice - 1)

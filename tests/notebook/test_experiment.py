@@ -161,6 +161,13 @@ def test_labels_that_give_the_same_file_name_are_different_runs(data):
         ex.fit(make_model, CONFIG, model=model, widths=(3, 4), dropout=None)
     assert list(ex.frame.model) == ["a+b", "a b"]
     assert len(ex.score(model="a+b").runs) == 1
+    assert {*ex.histories().widths} == {(3, 4)}
+
+
+def test_a_network_for_two_seeds_is_refused(data):
+    network = make_model()
+    with pytest.raises(ValueError, match=r"^fit: build gave one network twice"):
+        lab.Experiment("9.9", data, seeds=[0, 1]).fit(lambda: network, CONFIG, model="tiny")
 
 
 def test_a_label_stands_in_place_of_a_column_of_its_name(data):

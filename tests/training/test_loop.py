@@ -23,6 +23,7 @@ import labutils as lab
 from labutils.base import device
 from labutils.training import checkpoint, loop, runs, watch
 from labutils.training.key import identify, run_key
+from labutils.training.optim import make_optimizer
 from labutils.training.runs import RunError, find, load_weights
 
 # 48 images: three batches of 13 and one of 9.
@@ -179,6 +180,24 @@ def test_label_smoothing_equals_its_formula(data):
     [(loss, _)] = bare_loop(data, adamw(bare), bare, criterion=criterion)
     assert run.rows[0]["train_loss"] == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(run.model.state_dict(), bare.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_every_group_of_weights_learns_at_its_own_rate(data, decay):
+    rates = {"lr": 0.02, "bias_lr": 0.5, "head_lr": 0.01, "weight_decay": 0.1}
+    config = with_changes(epochs=1, optimizer="muon", stage_decay=decay, **rates)
+
+    def network():
+        torch.manual_seed(0)
+        return lab.CNN((1, 6, 6), 3, widths=[4, 5])
+
+    run, bare = train(data, config, network()), network()
+    optimizer = make_optimizer(bare, config)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * group["share"]
+    assert len({group["lr"] for group in optimizer.param_groups}) > 2
+    bare_loop(data, optimizer, bare)
+    torch.testing.assert_close(run.model.state_dict(), bare.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_schedule_reaches_the_optimizer(data):

@@ -304,7 +304,19 @@ SPLITS = {
     "labels of 32 bits": (lambda s: {"labels": s.labels.int()}, "val has .* torch.int32"),
     "a label too high": (lambda s: {"labels": s.labels + 1}, "int64, from 0 to 9"),
     "a label below 0": (lambda s: {"labels": s.labels - 1}, "int64, from 0 to 9"),
+    "labels in a column": (lambda s: {"labels": s.labels[:, None]}, "one label an image"),
+    "smaller images": (
+        lambda s: {"images": s.images[..., :6]},
+        r"val has .* 8, 6\], train .* 8, 8",
+    ),
+    "no images": (lambda s: {"images": s.images[:0], "labels": s.labels[:0]}, "at least one"),
 }
+
+
+def test_data_of_one_class_are_refused_before_they_are_trained_on(digits):
+    one = dataclasses.replace(digits, classes=("only",))
+    with pytest.raises(ValueError, match=r"^train: data.classes = \['only'\]\. .*at least 2"):
+        lab.train(lab.MLP(digits.num_features, [4], 10), one, progress=False)
 
 
 @pytest.mark.parametrize(("change", "message"), SPLITS.values(), ids=SPLITS)
