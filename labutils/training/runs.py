@@ -287,23 +287,34 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
     run.require_finished()
     path = models_dir() / f"{run.name}-{run.key}.json"
     cards.require_own(path.stem, run.name, run.key, run.info)
-    stored = path.with_suffix(".safetensors")
+    own, stored = run._own_card(), path.with_suffix(".safetensors")
+    fresh = stored
     if weights:
         run.require_model()
     if weights and run.path != path:
-        if not (run._own_card() and run.weights.exists()):
+        if not (own and run.weights.exists()):
             problem = f"{run.weights} is gone; another run of the same settings has replaced it"
             raise RunError(f"{run.name}: {problem}. Give every run its own settings, a seed say.")
+        if own["weights"] != cards.sha256(run.weights):
+            problem = f"{run.weights} is not what was stored with its card"
+            raise RunError(f"{run.name}: {problem}. Train again with retrain=True.")
         # Measured before anything is replaced, since it takes a while and may be interrupted.
         if half is not None:
             run._require_trained_on(half)
             rounded = {name: run._measure(half, name, half=True) for name in run.scores}
             run = replace(run, scores=rounded)
-        cards.copy_weights(run.weights, stored, half=half is not None)
+        fresh = stored.with_suffix(".new")
+        cards.copy_weights(run.weights, fresh, half=half is not None)
     kept = weights or run.path == path
-    if run.path == path and (own := run._own_card()):
+    if run.path == path and own:
         command = own["command"]
-    _write_card(path, run, stored if kept else None, command)
+    try:
+        _write_card(path, run, fresh if kept else None, command)
+        if fresh != stored:
+            fresh.replace(stored)
+    finally:
+        if fresh != stored:  # the card was not written
+            fresh.unlink(missing_ok=True)
     if not kept:
         stored.unlink(missing_ok=True)
     for older in {*models_dir().glob(f"*-{run.key}.json")} - {path}:

@@ -134,6 +134,7 @@ def test_a_card_scores_the_weights_that_are_published_with_it(run, data, monkeyp
         for parameter in run.model.parameters():
             parameter.mul_(20).add_(4e4 * (parameter.ndim == 2))
     save_weights(run.weights, run.model.state_dict())
+    rewrite(run.path / "card.json", weights=cards.sha256(run.weights))
     exact = run.test(data, tta=flip)
     card = publish(run, weights=True, command="", half=data)
     rounded = make_model()
@@ -158,6 +159,7 @@ def test_weights_too_large_for_half_precision_are_refused(run, data):
     with torch.no_grad():
         next(run.model.parameters()).flatten()[0] = 1e5
     save_weights(run.weights, run.model.state_dict())
+    rewrite(run.path / "card.json", weights=cards.sha256(run.weights))
     with pytest.raises(RunError, match=r"best.safetensors: .* float16's 65504.*without half"):
         publish(run, weights=True, command="", half=data)
 
@@ -219,8 +221,11 @@ def test_metrics_of_an_interrupted_run_do_not_stay_with_the_finished_one(data):
     assert finished.test(data) == lab.evaluate(finished.model, data.test)
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("weights", "failing"), [(True, 1), (True, 2), (False, 1)])
-def test_a_publication_that_fails_leaves_the_earlier_one(run, monkeypatch, weights, failing):
+def test_a_publication_that_fails_leaves_the_earlier_one(
+    run, data, monkeypatch, weights, failing, half
+):
     card = publish(run, weights=weights, command="first")
     before = {path.name for path in card.parent.iterdir()}
     calls = iter([None] * (failing - 1) + [OSError(errno.ENOSPC, "No space left")])
@@ -231,7 +236,7 @@ def test_a_publication_that_fails_leaves_the_earlier_one(run, monkeypatch, weigh
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
-        publish(run, weights=weights, command="second")
+        publish(run, weights=weights, command="second", half=data if half else None)
     assert {path.name for path in card.parent.iterdir()} == before
     assert json.loads(card.read_text())["command"] == "first"
     assert runs.open_stored(card).model is not None or not weights
@@ -540,6 +545,14 @@ def test_weights_of_a_run_that_was_replaced_are_not_published_as_its_own(run, da
     assert again.path == run.path
     rewrite(run.path / "card.json", info=again.info | {"seconds": 123.0})
     with pytest.raises(RunError, match="is gone; another run of the same settings"):
+        publish(run, weights=True, command="")
+
+
+def test_damaged_weights_are_not_published_as_sound(run):
+    content = bytearray(run.weights.read_bytes())
+    content[-1] ^= 1
+    run.weights.write_bytes(content)
+    with pytest.raises(RunError, match="is not what was stored with its card"):
         publish(run, weights=True, command="")
 
 
