@@ -33,7 +33,8 @@ class Teacher:
     """
 
     def __init__(self, run: Run, classes: Sequence[int] = ()) -> None:
-        classes = np.asarray(classes).tolist()  # of NumPy's numbers too
+        if np.iterable(classes):
+            classes = [np.asarray(each).tolist() for each in classes]  # of NumPy's numbers too
         given = {"run": run, "classes": classes}
         check("Teacher", {"run": InstanceOf[Run], "classes": list[int]}, given)
         run.require_finished()

@@ -112,7 +112,8 @@ def removal(
     One row an image, a column for each fraction of the pixels that are taken or added, 0 to 1;
     their mean stands for the area under the curve (deletion and insertion of Petsiuk et al. 2018,
     https://arxiv.org/abs/1806.07421; ROAD of Rong et al. 2022, https://arxiv.org/abs/2202.00449,
-    depends on the fill alone). Raises ValueError for shapes that do not fit each other.
+    depends on the fill alone). Raises ValueError for shapes that do not fit each other, and for a
+    class without a logit.
     """
     if maps.shape != (len(classes), *images.shape[2:]) or len(classes) != len(images):
         shapes = f"{list(images.shape)}, {list(maps.shape)} and {list(classes.shape)}"
@@ -125,6 +126,9 @@ def removal(
             gone = ~highest if keep else highest
             changed = fill(images, gone)
             logits = torch.cat([model(batch).float() for batch in changed.split(64)])
+            if not ((classes >= 0) & (classes < logits.shape[1])).all():
+                problem = f"classes = {classes.tolist()} with {logits.shape[1]} logits an image"
+                raise ValueError(f"removal: {problem}. Give 0 to {logits.shape[1] - 1}.")
             probability = logits.softmax(dim=1).gather(1, classes[:, None].to(images.device))
             curves[round(float(fraction), 4)] = probability[:, 0].cpu().numpy()
     return pd.DataFrame(curves)

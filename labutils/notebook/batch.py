@@ -76,15 +76,13 @@ def prepare(notebook: Path, folder: Path, given: Mapping[str, Any]) -> Job:
     return Job(notebook, values, folder.resolve() / name, failed, notebook.stem)
 
 
-def require_writable(*folders: Path) -> None:
-    """Make folders that are not there. Raises NotebookError for one that cannot be written."""
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            problem = f"{folder} cannot be written ({error.strerror})"
-            raise NotebookError(f"{problem}. Give another folder with --out.") from None
+def require_writable(folder: Path, hint: str = "Give another folder with --out.") -> None:
+    """Make a folder that is not there. Raises NotebookError for one that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise NotebookError(f"{folder} cannot be written ({error.strerror}). {hint}") from None
 
 
 def execute(job: Job) -> None:
@@ -103,7 +101,8 @@ def execute(job: Job) -> None:
     spec = {"name": "python3"} | read(job.notebook).metadata.get("kernelspec", {})
     options = {"kernel_name": spec["name"], "language": "python", "config": config}
     options |= {"progress_bar": False, "start_timeout": 600}  # many kernels, a slow disk
-    require_writable(job.failed.parent, job.output.parent)  # better now than after hours
+    require_writable(job.output.parent)  # better now than after hours
+    require_writable(job.failed.parent, "Make it writable: what ran is kept there.")
     try:
         notebook = papermill.execute_notebook(job.notebook, job.failed, job.parameters, **options)
     except papermill.PapermillExecutionError as error:

@@ -5,6 +5,7 @@ A published run is models/NAME-KEY.json, the same card, perhaps with NAME-KEY.sa
 """
 
 import copy
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,10 @@ from .watch import say, warn
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+# What a disk says while a file is written, without the file's name.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(eq=False)
@@ -244,9 +249,10 @@ def store_lock(key: str) -> Iterator[None]:
         with held:
             yield
     except OSError as error:
-        ours = error.filename is None or Path(str(error.filename)).is_relative_to(runs_dir())
-        if error.errno is None or not ours:
-            raise  # of a network that reads a file of its own, say
+        named = error.filename is not None
+        ours = named and Path(str(error.filename)).is_relative_to(runs_dir())
+        if not ours and (named or error.errno not in _DISK):
+            raise  # of a network that reads a file of its own, or asks a server, say
         problem = f"train: cannot write to {runs_dir()} ({error.strerror or error})"
         raise RunError(f"{problem}. Free space or set LABUTILS_RUNS, then go on.") from error
 

@@ -225,7 +225,17 @@ def test_a_permuted_teacher_is_as_sure_of_other_classes(data, teacher):
     assert len(records()) == 1
 
 
-NO_PERMUTATION = [[0, 1], [0, 1, 1], [0, 1, 3], [0, 1, -1], ["a", 1, 2], [1.0, 0, 2], [0, 1, 2, 2]]
+NO_PERMUTATION = [
+    [[0, 1], [2]],
+    3,
+    [0, 1],
+    [0, 1, 1],
+    [0, 1, 3],
+    [0, 1, -1],
+    ["a", 1, 2],
+    [1.0, 0, 2],
+    [0, 1, 2, 2],
+]
 
 
 @pytest.mark.parametrize("classes", NO_PERMUTATION)

@@ -149,6 +149,14 @@ def test_removal_follows_a_curve_that_is_known(keep):
         assert row == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("class_idx", [-1, 2])
+def test_removal_wants_classes_that_the_network_knows(class_idx):
+    images, classes = torch.ones(2, 1, 10, 10), torch.tensor([0, class_idx])
+    wanted = rf"^removal: classes = \[0, {class_idx}\] with 2 logits an image\. Give 0 to 1\."
+    with pytest.raises(ValueError, match=wanted):
+        evidence.removal(Counter(), images, left_first(), classes, fill=evidence.fill_grey)
+
+
 @pytest.mark.parametrize(
     ("maps", "classes"), [((1, 10, 10), 2), ((2, 5, 5), 2), ((2, 10, 10), 1), ((2, 10, 10), 3)]
 )

@@ -132,6 +132,13 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_notebook_runs(make_
     with pytest.raises(batch.NotebookError, match=wanted):
         batch.execute(job)
     assert not job.failed.exists()
+    (project / "build").touch()
+    job = batch.prepare(make_notebook("1 / 0"), project / "out", {})
+    with pytest.raises(
+        batch.NotebookError, match=r"build/failed cannot .*Make it writable"
+    ) as caught:
+        batch.execute(job)
+    assert "--out" not in str(caught.value)
 
 
 def test_a_notebook_that_names_no_kernel_runs_in_this_python(make_notebook, project):

@@ -699,6 +699,8 @@ def test_an_error_of_ones_own_file_is_not_one_of_the_store(data, tmp_path):
     assert caught.value.filename == str(absent)
     with pytest.raises(ConnectionError, match=r"^gone$"), runs.store_lock("k"):
         raise ConnectionError("gone")
+    with pytest.raises(TimeoutError), runs.store_lock("k"):
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
 
 
 def test_a_split_of_ones_own_may_have_statistics_as_tensors(data):
