@@ -51,6 +51,13 @@ def _readable_errors(known: Iterable[str]) -> Iterator[None]:
         raise ValueError("\n".join(lines)) from None
 
 
+def plain_numbers(values: Any) -> Any:
+    """A list for a range, an array or NumPy's numbers; what is no sequence stays for check."""
+    import numpy as np  # which the command line can spare
+
+    return [np.asarray(each).tolist() for each in values] if np.iterable(values) else values
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error, or its kind if it says nothing: fits into another message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,14 +9,13 @@ take 50 passes; a record takes one an epoch, and holds every augmentation.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from pydantic import InstanceOf
 from torch import Tensor
 
 from ..base import device as machine
 from ..base.files import digest, file_name, read_sealed, runs_dir, write_sealed
-from ..base.settings import TrainConfig, check
+from ..base.settings import TrainConfig, check, plain_numbers
 from ..data.tensors import ImageData
 from ..models.registry import in_mode
 from ..training.key import weights_digest
@@ -33,8 +32,7 @@ class Teacher:
     """
 
     def __init__(self, run: Run, classes: Sequence[int] = ()) -> None:
-        if np.iterable(classes):
-            classes = [np.asarray(each).tolist() for each in classes]  # of NumPy's numbers too
+        classes = plain_numbers(classes)
         given = {"run": run, "classes": classes}
         check("Teacher", {"run": InstanceOf[Run], "classes": list[int]}, given)
         run.require_finished()

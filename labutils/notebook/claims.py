@@ -90,6 +90,11 @@ def mean_std(values: Sequence[float] | pd.Series) -> str:
     return f"{values.mean():.2f}\u00a0±\u00a0{values.std():.2f}"
 
 
+def labelled(table: pd.DataFrame, labels: Mapping[str, Any]) -> pd.DataFrame:
+    """The table with a column for each label, in every row the same: one that is a list, too."""
+    return table.assign(**{name: [value] * len(table) for name, value in labels.items()})
+
+
 def tabulate(scores: Mapping[Any, Score], names: Sequence[str]) -> pd.DataFrame:
     """Test and train accuracy of every run, the long table that figures take.
 
@@ -110,8 +115,7 @@ def tabulate(scores: Mapping[Any, Score], names: Sequence[str]) -> pd.DataFrame:
         labels = dict(zip(names, values))
         for split, what in (("test", "accuracy"), ("train", "train_accuracy")):
             part = score.values(what).rename("accuracy (%)").reset_index()
-            repeated = {name: [value] * len(part) for name, value in labels.items()}
-            parts.append(part.assign(split=split, **repeated))
+            parts.append(labelled(part.assign(split=split), labels))
     return pd.concat(parts, ignore_index=True)
 
 

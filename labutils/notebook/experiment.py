@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -15,12 +14,12 @@ from torch import nn
 from .. import __version__
 from ..base.device import device_name, resolve_device, seed_everything
 from ..base.files import atomic_write, file_name, images_dir
-from ..base.settings import Seed, TrainConfig, check
+from ..base.settings import Seed, TrainConfig, check, plain_numbers
 from ..data.tensors import ImageData
 from ..training.key import as_its_spec
 from ..training.loop import train
 from ..training.runs import Run, publish
-from .claims import ByModel, Score, mean_std
+from .claims import ByModel, Score, labelled, mean_std
 
 _KINDS = {"exercise": str, "data": InstanceOf[ImageData]}
 _SEEDS = Annotated[list[Seed], Field(min_length=1)]
@@ -136,10 +135,7 @@ class Experiment:
 
     def histories(self, **labels: Any) -> pd.DataFrame:
         """One row for each epoch of the runs with these labels: labels, seed, epoch, history."""
-        found = [
-            run.history.reset_index().assign(**{name: [v] * run.epochs for name, v in its.items()})
-            for its, run, _ in self._matching(labels)  # a label may be a list
-        ]
+        found = [labelled(run.history.reset_index(), its) for its, run, _ in self._matching(labels)]
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
     def results(
@@ -193,9 +189,7 @@ class Experiment:
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:
-    # A range, NumPy's numbers.
-    seeds = [np.asarray(seed).tolist() for seed in seeds] if np.iterable(seeds) else seeds
-    seeds = check("Experiment", {"seeds": _SEEDS}, {"seeds": seeds})["seeds"]
+    seeds = check("Experiment", {"seeds": _SEEDS}, {"seeds": plain_numbers(seeds)})["seeds"]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"Experiment: seeds = {seeds}. Give each once.")
     return seeds
