@@ -19,7 +19,8 @@ from ..base.settings import TrainConfig, check, plain_numbers
 from ..data.tensors import ImageData
 from ..models.registry import in_mode
 from ..training.key import weights_digest
-from ..training.runs import Run, store_lock
+from ..training.runs import Run
+from ..training.store import store_lock
 from ..training.watch import warn
 
 

@@ -18,7 +18,8 @@ from ..base.settings import Seed, TrainConfig, check, plain_numbers
 from ..data.tensors import ImageData
 from ..training.key import as_its_spec
 from ..training.loop import train
-from ..training.runs import Run, publish
+from ..training.runs import Run
+from ..training.store import publish
 from .claims import ByModel, Score, labelled, mean_std
 
 _KINDS = {"exercise": str, "data": InstanceOf[ImageData]}

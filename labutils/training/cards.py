@@ -55,10 +55,16 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
         file.write(st.save({name: value.contiguous().cpu() for name, value in state.items()}))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Read them into a model. Raises ValueError if one does not fit or is not finite."""
+def load_weights(model: nn.Module, path: Path, written: str | None = None) -> None:
+    """Read them into a model. Raises ValueError if one does not fit or is not finite.
+
+    written: their SHA-256, if ValueError is to be raised for any other.
+    """
+    stored = path.read_bytes()
+    if written not in (None, hashlib.sha256(stored).hexdigest()):
+        raise ValueError(f"{path.name} is not what was stored with the card")
     try:
-        state = st.load(path.read_bytes())
+        state = st.load(stored)
         for name, _ in model.named_parameters():
             if name in state and not state[name].isfinite().all():
                 raise ValueError(f"{path.name} has values in {name} that are not finite")

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..base.files import read_sealed, write_sealed
 from ..base.settings import first_line
-from .runs import RunError
+from .cards import RunError
 
 
 class Average(AveragedModel):

@@ -1,7 +1,7 @@
 """`train`: one loop that trains a classifier, and continues where it was cut off.
 
 `_loop` is all there is to it, and nothing in it waits for the device; the rest stands around it.
-What a training remembers is in checkpoint.py, the store of runs in runs.py.
+What a training remembers is in checkpoint.py, how it is stored in store.py.
 """
 
 import datetime
@@ -25,9 +25,11 @@ from ..data.tensors import ImageData
 from ..evaluation.metrics import loss_and_accuracy
 from ..models.registry import num_parameters
 from . import checkpoint, watch
+from .cards import RunError, save_weights
 from .key import identify, run_key
 from .optim import lr_factor, make_optimizer, require_trainable, stop_reason
-from .runs import Run, RunError, find, finish, open_part, save_weights, store_lock
+from .runs import Run, find
+from .store import finish, open_part, store_lock
 from .target import Teacher, batch_loss, require_teachable
 
 _KINDS = {"model": InstanceOf[nn.Module], "data": InstanceOf[ImageData]}

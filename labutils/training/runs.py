@@ -1,20 +1,16 @@
-"""The run store: finished runs found again by key, in the runs folder or among the published ones.
+"""Runs, and how finished ones are found again, in the runs folder or among the published ones.
 
 A run is a folder NAME-KEY with card.json and its weights, or NAME-KEY.part while it is unfinished.
 A published run is models/NAME-KEY.json, the same card, perhaps with NAME-KEY.safetensors beside it.
 """
 
 import copy
-import errno
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
 from pydantic import InstanceOf
 from torch import nn
 
@@ -24,15 +20,11 @@ from ..data.tensors import ImageData
 from ..evaluation import metrics
 from ..models.registry import build, registered
 from . import cards
-from .cards import RunError, load_weights, save_weights
-from .watch import say, warn
+from .cards import RunError, load_weights
+from .watch import warn
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-# What a disk says while a file is written, without the file's name.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(eq=False)
@@ -90,29 +82,31 @@ class Run:
         tta: as for predict, stored apart. Raises RunError for other data than it was trained on,
         and for a run that has neither metrics nor weights.
         """
-        self._require_trained_on(data)
+        self.require_trained_on(data)
         name = "test_flip" if tta else "test"
         if name not in self.scores:
-            self.scores[name] = self._measure(data, name)
-            if self.path.is_dir() and (card := self._own_card()):
+            self.scores[name] = self.measure(data, tta=tta)
+            if self.path.is_dir() and (card := self.own_card()):
                 try:
                     cards.write(_card(self.path), card | {name: self.scores[name].values()})
                 except OSError as error:
                     warn(f"{self.name}: its {name} metrics are not stored ({first_line(error)})")
         return self.scores[name]
 
-    def _require_trained_on(self, data: ImageData) -> None:
+    def require_trained_on(self, data: ImageData) -> None:
+        """Raises RunError for data of another fingerprint."""
         check("test", {"data": InstanceOf[ImageData]}, {"data": data})
         trained, asked = self.info["data"]["fingerprint"], data.fingerprint
         if asked != trained:
             problem = f"{self.name}: trained on data {trained}, asked to test on {asked}"
             raise RunError(f"{problem}. Load it with the same name, val_size and seed.")
 
-    def _measure(self, data: ImageData, name: str, *, half: bool = False) -> metrics.Metrics:
+    def measure(self, data: ImageData, *, tta: bool, half: bool = False) -> metrics.Metrics:
+        """As test, but measured anew, and kept nowhere. half: with weights rounded to float16."""
         model = self.network()
         if half:
             model.half().float()
-        options = {"precision": self.info.get("precision", "float32"), "tta": name == "test_flip"}
+        options = {"precision": self.info.get("precision", "float32"), "tta": tta}
         return metrics.evaluate(model, data.test, **options)
 
     def require_finished(self) -> None:
@@ -130,11 +124,11 @@ class Run:
     def network(self) -> nn.Module:
         """A copy of the model with the stored weights: a caller may have gone on changing it."""
         model = copy.deepcopy(self.require_model())
-        if self._own_card() and self.weights.exists():
+        if self.own_card() and self.weights.exists():
             load_weights(model, self.weights)
         return model
 
-    def _own_card(self) -> dict[str, Any] | None:
+    def own_card(self) -> dict[str, Any] | None:
         """Its card, None if it is unfinished or a later run has taken its place."""
         with suppress(OSError, ValueError, LookupError, TypeError):
             card = cards.read(_card(self.path))
@@ -152,8 +146,8 @@ class Run:
 def find(key: str, model: nn.Module) -> Run | None:
     """The finished run with this key, its weights put into model. RunError if it is damaged."""
     # A kill in the middle of finish leaves the older run as the only finished one.
-    folders = _folders(key) or _folders(f"{key}.old")
-    path = next(iter(folders or models_dir().glob(f"*-{key}.json")), None)
+    found = folders(key) or folders(f"{key}.old")
+    path = next(iter(found or models_dir().glob(f"*-{key}.json")), None)
     return None if path is None else open_stored(path, model)
 
 
@@ -170,8 +164,6 @@ def open_stored(path: Path, model: nn.Module | None = None) -> Run:
         scores = {name: card[name] for name in ("test", "test_flip") if card.get(name)}
         run.scores = {k: metrics.Metrics(**values) for k, values in scores.items()}
         if card["weights"]:
-            if card["weights"] != cards.sha256(run.weights):
-                raise ValueError(f"{run.weights.name} is not what was stored with the card")
             spec = card["info"]["model"]
             if model is None and spec["model"] not in registered():
                 problem = f"{run.name}: labutils cannot build its network, which is your own"
@@ -179,7 +171,7 @@ def open_stored(path: Path, model: nn.Module | None = None) -> Run:
                 raise RunError(f"{problem}. {remedy}({str(run.weights)!r}).")
             with torch.random.fork_rng(devices=()):  # the caller's random numbers stay
                 run.model = build(spec) if model is None else model
-            load_weights(run.model, run.weights)
+            load_weights(run.model, run.weights, card["weights"])
     # Text that is valid JSON but of another shape fails with an error of Python's own.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"the stored run {path} is damaged ({type(error).__name__}: {error})"
@@ -219,111 +211,6 @@ def _card(path: Path) -> Path:
     return path / "card.json" if path.is_dir() else path
 
 
-def _folders(ending: str) -> list[Path]:
+def folders(ending: str) -> list[Path]:
+    """Those of the runs folder whose name ends with -ending, a key say."""
     return [path for path in sorted(runs_dir().glob(f"*-{ending}")) if path.is_dir()]
-
-
-def _write_card(path: Path, run: Run, weights: Path | None, command: str | None) -> None:
-    written = cards.sha256(weights) if weights and weights.exists() else None
-    card = {"name": run.name, "key": run.key, "digest": None, "weights": written}
-    card |= {"command": command, "test": None}
-    card |= {name: found.values() for name, found in run.scores.items()}
-    card |= {"info": run.info, "history": {k: [row[k] for row in run.rows] for k in run.rows[0]}}
-    cards.write(path, card)
-
-
-@contextmanager
-def store_lock(key: str) -> Iterator[None]:
-    """Held while a run or a record is made: a second process says that it waits, and does.
-
-    Raises RunError if that cannot be written.
-    """
-    lock = runs_dir() / ".locks" / f"{key}.lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held = FileLock(lock).acquire(timeout=0)
-        except Timeout:
-            say("another process computes the same: waiting for it")
-            held = FileLock(lock).acquire()
-        with held:
-            yield
-    except OSError as error:
-        named = error.filename is not None
-        ours = named and Path(str(error.filename)).is_relative_to(runs_dir())
-        if not ours and (named or error.errno not in _DISK):
-            raise  # of a network that reads a file of its own, or asks a server, say
-        problem = f"train: cannot write to {runs_dir()} ({error.strerror or error})"
-        raise RunError(f"{problem}. Free space or set LABUTILS_RUNS, then go on.") from error
-
-
-def open_part(name: str, key: str) -> Path:
-    """The folder of an unfinished run: one that is there, under whatever name, or a new one."""
-    part = next(runs_dir().glob(f"*-{key}.part"), runs_dir() / f"{name}-{key}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    # What a kill in the middle of a write has left; nobody else writes under the lock.
-    for stray in part.glob(".*.tmp"):
-        stray.unlink()
-    return part
-
-
-def finish(run: Run, weights: dict[str, torch.Tensor]) -> None:
-    """Put a run in place of an older one: killed at any moment, it leaves one of the two."""
-    save_weights(run.weights, weights)
-    _write_card(run.path / "card.json", run, run.weights, command=None)
-    for older in _folders(run.key):
-        # What a kill in an earlier replacement has left, perhaps half removed.
-        for aside in _folders(f"{run.key}.old"):
-            shutil.rmtree(aside)
-        older.rename(older.with_name(f"{older.name}.old"))
-    run.path = run.path.rename(run.path.with_name(f"{run.name}-{run.key}"))
-    for aside in _folders(f"{run.key}.old"):
-        shutil.rmtree(aside)
-
-
-def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = None) -> Path:
-    """Copy a finished run into models/: its card, and its weights if asked for. Returns the card.
-
-    It replaces a card of the same key; what is published already keeps its weights and command.
-    command: what measures the numbers again. half: the run's data if weights are to be float16,
-    off by at most 0.1 % or 3e-8; the card then has the scores of these, measured on it.
-    Raises RunError for an unfinished run, weights that are gone, or one too large for float16;
-    ValueError for a name that is no file name or a key not its own.
-    """
-    run.require_finished()
-    path = models_dir() / f"{run.name}-{run.key}.json"
-    cards.require_own(path.stem, run.name, run.key, run.info)
-    own, stored = run._own_card(), path.with_suffix(".safetensors")
-    fresh = stored
-    if weights:
-        run.require_model()
-    if weights and run.path != path:
-        if not (own and run.weights.exists()):
-            problem = f"{run.weights} is gone; another run of the same settings has replaced it"
-            raise RunError(f"{run.name}: {problem}. Give every run its own settings, a seed say.")
-        if own["weights"] != cards.sha256(run.weights):
-            problem = f"{run.weights} is not what was stored with its card"
-            raise RunError(f"{run.name}: {problem}. Train again with retrain=True.")
-        # Measured before anything is replaced, since it takes a while and may be interrupted.
-        if half is not None:
-            run._require_trained_on(half)
-            rounded = {name: run._measure(half, name, half=True) for name in run.scores}
-            run = replace(run, scores=rounded)
-        fresh = stored.with_suffix(".new")
-        cards.copy_weights(run.weights, fresh, half=half is not None)
-    kept = weights or run.path == path
-    if run.path == path and own:
-        command = own["command"]
-    try:
-        _write_card(path, run, fresh if kept else None, command)
-        if fresh != stored:
-            fresh.replace(stored)
-    finally:
-        if fresh != stored:  # the card was not written
-            fresh.unlink(missing_ok=True)
-    if not kept:
-        stored.unlink(missing_ok=True)
-    for older in {*models_dir().glob(f"*-{run.key}.json")} - {path}:
-        older.unlink()
-        older.with_suffix(".safetensors").unlink(missing_ok=True)
-    return path

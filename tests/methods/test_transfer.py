@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 import labutils as lab
 from labutils.methods import transfer
-from labutils.training import runs
 from labutils.training.key import identify, recorded_key
 from labutils.training.runs import RunError
 
@@ -247,7 +246,7 @@ def test_a_network_whose_weights_were_changed_is_not_the_runs(name, source):
 def test_what_went_on_from_float16_weights_is_found_from_the_exact_ones(source, data, folders):
     first = lab.train(swapped(source), data, CONFIG, **SETTINGS)
     exact = copy.deepcopy(source.model)
-    runs.publish(source, weights=True, half=data, command="")
+    lab.publish(source, weights=True, half=data, command="")
     source.path.rename(folders / "elsewhere")
     published = lab.load_run(source.name)
     assert same(published.model, exact) != set(exact.state_dict())

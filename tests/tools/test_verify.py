@@ -9,7 +9,7 @@ import torch
 
 import labutils as lab
 from labutils.training import cards
-from labutils.training.runs import publish
+from labutils.training.store import publish
 from tools import verify
 
 

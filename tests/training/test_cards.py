@@ -1,4 +1,4 @@
-"""Cards and weights as files: what is read is what was written, or an error. More in test_runs."""
+"""Cards and weights as files: what is read is what was written, or an error."""
 
 import re
 import shutil
@@ -47,6 +47,18 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         path.write_bytes(whole[: len(whole) * tenths // 10])
         with pytest.raises(ValueError, match=f"{path.name} does not fit the model"):
             load_weights(lab.MLP(36, [8], 3), path)
+
+
+def test_weights_of_another_digest_are_refused_before_they_are_used(tmp_path):
+    """A run that is trained again may replace its weights after its card was read."""
+    model, weights = nn.Linear(2, 2), tmp_path / "best.safetensors"
+    save_weights(weights, model.state_dict())
+    load_weights(model, weights, cards.sha256(weights))
+    before = model.weight.detach().clone()
+    save_weights(weights, nn.Linear(2, 2).state_dict())
+    with pytest.raises(ValueError, match=r"best\.safetensors is not what was stored with the card"):
+        load_weights(model, weights, "0" * 64)
+    torch.testing.assert_close(model.weight.detach(), before, rtol=0, atol=0)
 
 
 def test_weights_of_any_memory_layout_read_back(tmp_path):

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 import labutils as lab
 from labutils.base import device
 from labutils.training import checkpoint, loop, runs, watch
+from labutils.training.cards import RunError, load_weights
 from labutils.training.key import identify, run_key
 from labutils.training.optim import make_optimizer
-from labutils.training.runs import RunError, find, load_weights
+from labutils.training.runs import find
 
 # 48 images: three batches of 13 and one of 9.
 CONFIG = lab.TrainConfig(epochs=3, batch_size=13, lr=0.01)

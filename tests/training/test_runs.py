@@ -1,37 +1,25 @@
-"""The run store: what is found again, what is refused, and that no interruption loses a run."""
+"""Runs: what is found again, what is refused, and what a run tells of itself."""
 
 import copy
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import CONFIG, card_of, interrupted_run, make_model, rewrite, same_weights, train
 
 import labutils as lab
 from labutils.evaluation.metrics import evaluate
 from labutils.training import cards, runs
+from labutils.training.cards import RunError, load_weights, save_weights
 from labutils.training.key import run_key
-from labutils.training.runs import (
-    RunError,
-    find,
-    finish,
-    load_run,
-    load_weights,
-    open_part,
-    publish,
-    save_weights,
-)
-
-CONFIG = lab.TrainConfig(epochs=2, batch_size=16)
+from labutils.training.runs import find, load_run
+from labutils.training.store import finish, open_part, publish
 
 
 @pytest.fixture
@@ -40,27 +28,9 @@ def data(write_npz):
     return lab.load_data("tiny", val_size=12, device="cpu")
 
 
-def make_model(width=8):
-    torch.manual_seed(0)
-    return lab.MLP(36, [width], 3)
-
-
-def train(data, config=CONFIG, **settings):
-    return lab.train(make_model(), data, config, track=None, progress=False, **settings)
-
-
 @pytest.fixture
 def run(data):
     return train(data)
-
-
-def card_of(path):
-    return json.loads(path.read_text())
-
-
-def same_weights(model, other):
-    pairs = zip(model.state_dict().values(), other.state_dict().values())
-    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_finished_run_is_found_with_its_weights(run):
@@ -83,85 +53,6 @@ def test_a_run_tells_its_numbers(run):
     assert run.seconds == pytest.approx(sum(run.history.seconds), abs=0.01)
     assert run.stop_reason == "finished all 2 epochs"
     assert f"val accuracy {100 * best['val_accuracy']:.2f} % at epoch {best['epoch']}" in repr(run)
-
-
-@pytest.mark.parametrize("weights", [True, False])
-def test_a_published_run_reads_back_equal(run, data, weights):
-    metrics = run.test(data)
-    card = publish(run, weights=weights, command="make report")
-    shutil.rmtree(run.path)
-    model = make_model()
-    found = find(run.key, model)
-    assert (found.path, found.stored, found.name) == (card, True, run.name)
-    assert found.info == run.info
-    assert found.rows == run.rows
-    assert found.test(data) == metrics
-    assert json.loads(card.read_text())["command"] == "make report"
-    if weights:
-        assert same_weights(found.require_model(), run.model)
-    else:
-        assert same_weights(model, make_model())
-        with pytest.raises(RunError, match=rf"only the card .*{card.name}.*retrain=True"):
-            found.require_model()
-        with pytest.raises(RunError, match="only the card"):
-            publish(found, weights=True, command="make report")
-
-
-def test_weights_published_in_half_precision_take_half_the_space_and_come_close(run, data):
-    whole = publish(run, weights=True, command="").with_suffix(".safetensors").stat().st_size
-    card = publish(run, weights=True, command="", half=data)
-    assert card.with_suffix(".safetensors").stat().st_size < 0.6 * whole
-    shutil.rmtree(run.path)
-    found = find(run.key, make_model())
-    for near, exact in zip(found.model.parameters(), run.model.parameters()):
-        assert near.dtype == torch.float32
-        torch.testing.assert_close(near, exact, rtol=2**-11, atol=2**-24)
-    # Publishing what is published leaves the file alone, and whose command measures it again.
-    before = found.weights.read_bytes()
-    publish(found, weights=True, command="of another exercise")
-    assert found.weights.read_bytes() == before
-    assert json.loads(card.read_text())["command"] == ""
-    # A card that is gone is written again.
-    card.unlink()
-    publish(found, weights=True, command="again")
-    assert json.loads(card.read_text())["command"] == "again"
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_card_scores_the_weights_that_are_published_with_it(run, data, monkeypatch, flip):
-    # Far from zero float16 has steps of 32: the rounded network is another one.
-    with torch.no_grad():
-        for parameter in run.model.parameters():
-            parameter.mul_(20).add_(4e4 * (parameter.ndim == 2))
-    save_weights(run.weights, run.model.state_dict())
-    rewrite(run.path / "card.json", weights=cards.sha256(run.weights))
-    exact = run.test(data, tta=flip)
-    card = publish(run, weights=True, command="", half=data)
-    rounded = make_model()
-    load_weights(rounded, card.with_suffix(".safetensors"))
-    expected = evaluate(rounded, data.test, tta=flip)
-    assert expected.loss != exact.loss
-    shutil.rmtree(run.path)
-    found = find(run.key, make_model())
-    monkeypatch.delattr("labutils.evaluation.metrics.evaluate")
-    assert found.test(data, tta=flip) == expected
-    assert run.test(data, tta=flip) == exact
-    assert (card_of(card).get("test") is None) == flip
-
-
-def test_rounded_weights_are_scored_on_the_data_of_the_run_alone(run, data):
-    other = lab.load_data("tiny", val_size=15, device="cpu")
-    with pytest.raises(RunError, match=f"asked to test on {other.fingerprint}"):
-        publish(run, weights=True, command="", half=other)
-
-
-def test_weights_too_large_for_half_precision_are_refused(run, data):
-    with torch.no_grad():
-        next(run.model.parameters()).flatten()[0] = 1e5
-    save_weights(run.weights, run.model.state_dict())
-    rewrite(run.path / "card.json", weights=cards.sha256(run.weights))
-    with pytest.raises(RunError, match=r"best.safetensors: .* float16's 65504.*without half"):
-        publish(run, weights=True, command="", half=data)
 
 
 def test_the_runs_folder_goes_before_published_runs(run):
@@ -192,26 +83,6 @@ def test_tested_and_published_are_the_best_weights_whatever_became_of_the_model(
     assert same_weights(published, best)
 
 
-def interrupted_run(data):
-    """Stopped by Ctrl-C in its second epoch."""
-    model, seen = make_model(), []
-
-    def hook(module, inputs, output):
-        seen.append(module.training)
-        if seen.count(True) == 5 and module.training:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    model.register_forward_hook(hook)
-    return lab.train(model, data, CONFIG, track=None, progress=False)
-
-
-def test_an_interrupted_run_is_not_published(data):
-    run = interrupted_run(data)
-    with pytest.raises(RunError, match=r"^run is interrupted"):
-        publish(run, weights=False, command="")
-    assert not runs.models_dir().exists()
-
-
 def test_metrics_of_an_interrupted_run_do_not_stay_with_the_finished_one(data):
     run = interrupted_run(data)
     assert run.test(data) == lab.evaluate(run.model, data.test)
@@ -219,35 +90,6 @@ def test_metrics_of_an_interrupted_run_do_not_stay_with_the_finished_one(data):
     finished = train(data)
     assert finished.stored
     assert finished.test(data) == lab.evaluate(finished.model, data.test)
-
-
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize(("weights", "failing"), [(True, 1), (True, 2), (False, 1)])
-def test_a_publication_that_fails_leaves_the_earlier_one(
-    run, data, monkeypatch, weights, failing, half
-):
-    card = publish(run, weights=weights, command="first")
-    before = {path.name for path in card.parent.iterdir()}
-    calls = iter([None] * (failing - 1) + [OSError(errno.ENOSPC, "No space left")])
-
-    def fsync(handle):
-        if error := next(calls):
-            raise error
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space left"):
-        publish(run, weights=weights, command="second", half=data if half else None)
-    assert {path.name for path in card.parent.iterdir()} == before
-    assert json.loads(card.read_text())["command"] == "first"
-    assert runs.open_stored(card).model is not None or not weights
-
-
-def test_a_kill_before_the_card_is_written_leaves_the_earlier_publication(run, monkeypatch):
-    card = publish(run, weights=True, command="first")
-    monkeypatch.setattr(runs.cards, "write", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        publish(run, weights=False, command="second")
-    assert runs.open_stored(card).model is not None
 
 
 def test_metrics_are_measured_once_and_stored(run, data, monkeypatch):
@@ -308,68 +150,6 @@ def test_a_damaged_publication_is_named(run, suffix, damage):
     wanted = rf"stored run {card} is damaged .*Remove it, or .*retrain=True"
     with pytest.raises(RunError, match=re.compile(wanted, re.DOTALL)):
         find(run.key, make_model())
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the library catches it."""
-
-
-def kill_at(monkeypatch, moment):
-    """Let finish die at its n-th change on disk: before it for even n, after it for odd n."""
-    changes = iter(range(0, 100, 2))
-
-    def dying(change):
-        def wrapped(path, *args, **kwargs):
-            number = next(changes)
-            if number == moment:
-                raise Killed
-            if number + 1 == moment and change is shutil.rmtree:
-                (Path(path) / "card.json").unlink()
-                raise Killed
-            result = change(path, *args, **kwargs)
-            if number + 1 == moment:
-                raise Killed
-            return result
-
-        return wrapped
-
-    monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
-    monkeypatch.setattr(Path, "rename", dying(Path.rename))
-    monkeypatch.setattr(Path, "replace", dying(Path.replace))
-
-
-@pytest.mark.parametrize("name", ["run", "other"])
-@pytest.mark.parametrize("moment", range(10))
-def test_a_kill_while_a_run_is_replaced_loses_nothing(run, name, moment):
-    def finish_again():
-        again = runs.Run(name, run.key, run.info, run.rows, open_part(name, run.key))
-        finish(again, run.model.state_dict())
-        return again.path
-
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, moment)
-        with pytest.raises(Killed):
-            finish_again()
-    found = find(run.key, make_model())
-    assert found.rows == run.rows
-    assert found.name in ("run", name)
-    path = finish_again()
-    assert path == run.path.with_name(f"{name}-{run.key}")
-    assert [path for path in path.parent.iterdir() if path.name != ".locks"] == [path]
-    assert sorted(file.name for file in path.iterdir()) == ["best.safetensors", "card.json"]
-    again = find(run.key, make_model())
-    assert (again.name, again.info, again.rows) == (name, run.info, run.rows)
-    assert same_weights(again.model, run.model)
-
-
-def test_an_unfinished_run_is_taken_up_under_whatever_name_without_stray_files(tmp_path):
-    part = open_part("first", "0123456789ab")
-    assert part == tmp_path / "runs" / "first-0123456789ab.part"
-    (part / "last.pt").write_text("state")
-    (part / ".last.pt.1234.tmp").write_text("half")
-    assert open_part("second", "0123456789ab") == part
-    assert [path.name for path in part.iterdir()] == ["last.pt"]
-    assert open_part("second", "0123456789ac") != part
 
 
 CARDS = sorted((Path(__file__).resolve().parents[2] / "models").glob("*.json"))
@@ -473,11 +253,6 @@ def test_a_flipped_bit_of_a_published_run_is_noticed(run):
     assert not is_damaged(run.key)
 
 
-def rewrite(path, **changes):
-    """Change a card as somebody would who knows how its digest is made."""
-    cards.write(path, card_of(path) | changes)
-
-
 def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
     card = publish(run, weights=False, command="")
     shutil.rmtree(run.path)
@@ -498,14 +273,6 @@ def test_a_card_of_other_settings_or_another_name_is_refused(run, data):
         find(run.key, make_model())
 
 
-def test_a_name_does_not_lead_a_publication_out_of_its_folder(run, tmp_path):
-    for name, key in (("../../run", run.key), ("a/b", run.key), ("run", "0123456789ab")):
-        run.name, run.key = name, key
-        with pytest.raises(ValueError, match="is not the name of this card"):
-            publish(run, weights=True, command="")
-    assert not (tmp_path / "models").exists()
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(run, value):
     with torch.no_grad():
@@ -523,37 +290,6 @@ def test_weights_of_another_run_are_not_taken_for_its_own(run):
     shutil.rmtree(run.path)
     save_weights(card.with_suffix(".safetensors"), lab.MLP(36, [8], 3).state_dict())
     assert is_damaged(run.key)
-
-
-def test_a_publication_takes_the_place_of_one_under_another_name(run):
-    older = publish(run, weights=True, command="")
-    run.name = "renamed"
-    card = publish(run, weights=False, command="")
-    assert card != older
-    assert sorted(path.name for path in card.parent.iterdir()) == [card.name]
-
-
-def test_a_card_without_weights_does_not_keep_those_of_an_earlier_training(run):
-    card = publish(run, weights=True, command="")
-    publish(run, weights=False, command="")
-    assert not card.with_suffix(".safetensors").exists()
-    assert card_of(card)["weights"] is None
-
-
-def test_weights_of_a_run_that_was_replaced_are_not_published_as_its_own(run, data):
-    again = train(data, retrain=True)
-    assert again.path == run.path
-    rewrite(run.path / "card.json", info=again.info | {"seconds": 123.0})
-    with pytest.raises(RunError, match="is gone; another run of the same settings"):
-        publish(run, weights=True, command="")
-
-
-def test_damaged_weights_are_not_published_as_sound(run):
-    content = bytearray(run.weights.read_bytes())
-    content[-1] ^= 1
-    run.weights.write_bytes(content)
-    with pytest.raises(RunError, match="is not what was stored with its card"):
-        publish(run, weights=True, command="")
 
 
 def test_a_run_that_was_replaced_keeps_its_own_network_and_score(run, data):
@@ -672,35 +408,6 @@ def test_what_a_run_is_asked_for_is_checked(data):
         run.test("digits")
     with pytest.raises(ValueError, match=r"^load_run: name = None"):
         lab.load_run(None)
-
-
-def test_who_waits_for_another_process_says_so(capsys, monkeypatch):
-    lock = runs.runs_dir() / ".locks" / "k.lock"
-    code = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]):\n "
-    code += "print(flush=True); sys.stdin.read()"
-    lock.parent.mkdir(parents=True)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code, lock], **pipes) as other:
-        other.stdout.readline()
-        say = runs.say  # the other lets go when it has been said that we wait
-        monkeypatch.setattr(runs, "say", lambda *a, **k: say(*a, **k) or other.stdin.close())
-        with runs.store_lock("k"):
-            assert other.wait(60) == 0
-    assert capsys.readouterr().out == "another process computes the same: waiting for it\n"
-    with runs.store_lock("k"):
-        pass
-    assert capsys.readouterr().out == ""
-
-
-def test_an_error_of_ones_own_file_is_not_one_of_the_store(data, tmp_path):
-    absent = tmp_path / "absent.txt"
-    with pytest.raises(FileNotFoundError) as caught, runs.store_lock("k"):
-        absent.read_text()
-    assert caught.value.filename == str(absent)
-    with pytest.raises(ConnectionError, match=r"^gone$"), runs.store_lock("k"):
-        raise ConnectionError("gone")
-    with pytest.raises(TimeoutError), runs.store_lock("k"):
-        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
 
 
 def test_a_split_of_ones_own_may_have_statistics_as_tensors(data):
