@@ -89,6 +89,9 @@ def probe(kind: str, train: Labelled, val: Labelled) -> Pipeline:
     if kind in ("svm", "logistic") and len(np.unique(train[1])) < 2:
         raise ValueError(f"probe: {kind} has labels of one class, {train[1][0]}. Give two or more.")
     classifier, setting, choices = _KINDS[kind]
+    if kind == "knn" and len(train[1]) < max(choices):
+        needed = f"Give at least {max(choices)}, the most neighbours that are tried"
+        raise ValueError(f"probe: knn trains on {len(train[1])} images. {needed}.")
     scaler = StandardScaler().fit(train[0])
     features, checked = scaler.transform(train[0]), scaler.transform(val[0])
     if kind == "knn":  # the search takes nearly all of the time, and one serves all choices
