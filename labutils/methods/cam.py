@@ -139,8 +139,7 @@ def explain(
         with torch.enable_grad(), contextlib.redirect_stderr(io.StringIO()):
             cam(input_tensor=batch, targets=targets)
         logits.append(cam.outputs.detach().float())
-    # Not by `with cam:`, which swallows an IndexError. Both end cycles that would keep the graph.
-    cam.activations_and_grads.release()
+    # A cycle, which would keep the graph. Hooks go with cam; `with cam:` swallows an IndexError.
     del cam.get_cam_image
     return _explanation(raws, logits, wanted, images)
 

@@ -1,6 +1,9 @@
 """Class activation maps against their closed form; the package grad-cam behind one door."""
 
 import copy
+import gc
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -403,3 +406,23 @@ def test_a_network_that_returns_no_logits_is_told_what_it_returns(change, found)
         ValueError, match=rf"^explain: the model returned {found}, not logits \[N, "
     ):
         lab.explain(Odd(change), torch.zeros(2, 3, 16, 16), "gradcam")
+
+
+@pytest.mark.parametrize("method", ["gradcam", "eigencam", "scorecam"])
+def test_nothing_of_an_explanation_stays_in_memory(method, monkeypatch):
+    """The copy of the model and its graph go at once, not when Python looks for cycles."""
+    copies, copied = [], copy.deepcopy
+
+    def noted(model):
+        made = copied(model)
+        copies.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(cam, "copy", SimpleNamespace(deepcopy=noted))
+    gc.disable()
+    try:
+        for _ in range(2):  # the first backward pass of a process may keep something of its own
+            lab.explain(make(), some_images(3), method)
+        assert copies[1]() is None
+    finally:
+        gc.enable()
