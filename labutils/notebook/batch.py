@@ -101,6 +101,7 @@ def execute(job: Job) -> None:
     spec = {"name": "python3"} | read(job.notebook).metadata.get("kernelspec", {})
     options = {"kernel_name": spec["name"], "language": "python", "config": config}
     options |= {"progress_bar": False, "start_timeout": 600}  # many kernels, a slow disk
+    options["coalesce_streams"] = True  # what is printed is one output, however slow the machine
     require_writable(job.output.parent)  # better now than after hours
     require_writable(job.failed.parent, "Make it writable: what ran is kept there.")
     try:

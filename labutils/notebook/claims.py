@@ -17,6 +17,7 @@ from pydantic import InstanceOf
 from scipy import stats
 from torch import Tensor
 
+from ..base.device import device_name
 from ..base.settings import check
 from ..data.tensors import ImageData
 from ..evaluation.metrics import Metrics, predict
@@ -177,19 +178,41 @@ class Claims:
         """
         check("targets", {"scores": dict[str, InstanceOf[Score]]}, {"scores": scores})
         for model, score in scores.items():
-            known, goal, values = published.get(model), target.get(model), score.values()
-            if goal:
-                evidence = f"{score} %, published {known:g} %" if known else f"{score} %"
-                reached = values.mean() >= goal - 1e-9  # 100 * 0.564 is a little less than 56.4
-                self.add(f"{model} reaches {goal:g} %", reached, evidence)
-            row = {"exercise": self.exercise, "model": model, "dataset": score.data.name}
-            row |= {"metric": "accuracy", "split": "test", "mean": float(values.mean())}
-            row |= {"std": float(values.std()) if len(values) > 1 else 0.0, "n": len(values)}
-            row |= {"values": list(values), "published": known}
-            row |= {"target": goal, "params": score.first.info["parameters"]}
-            row |= {"seconds": round(score.values("seconds").mean(), 1)}
-            row |= {"device": score.first.info["device"], "headline": headline}
-            self.headline_rows[model] = row
+            info, compared = score.first.info, (published.get(model), target.get(model))
+            cost = {"params": info["parameters"], "device": info["device"]}
+            cost["seconds"] = score.values("seconds").mean()
+            self.record(model, score.values(), score.data, *compared, **cost, headline=headline)
+
+    def record(
+        self,
+        model: str,
+        accuracies: pd.Series,
+        data: ImageData,
+        published: float | None = None,
+        target: float | None = None,
+        *,
+        params: int,
+        seconds: float,
+        device: str | None = None,
+        headline: bool = True,
+    ) -> None:
+        """Record what no run is, a classifier of features say, as targets does a Score.
+
+        accuracies: on the test split, in percent, one for each seed. seconds: of one training, on
+            device; None: this processor.
+        """
+        if target:
+            evidence = f"{mean_std(accuracies)} %"
+            evidence += f", published {published:g} %" if published else ""
+            reached = accuracies.mean() >= target - 1e-9  # 100 * 0.564 is a little less than 56.4
+            self.add(f"{model} reaches {target:g} %", reached, evidence)
+        row = {"exercise": self.exercise, "model": model, "dataset": data.name}
+        row |= {"metric": "accuracy", "split": "test", "mean": float(accuracies.mean())}
+        row |= {"std": float(accuracies.std()) if len(accuracies) > 1 else 0.0}
+        row |= {"n": len(accuracies), "values": list(accuracies), "published": published}
+        row |= {"target": target, "params": params, "seconds": round(seconds, 1)}
+        row |= {"device": device or device_name(torch.device("cpu")), "headline": headline}
+        self.headline_rows[model] = row
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         shown, self._new = [self.rows[claim] for claim in dict.fromkeys(self._new)], []

@@ -141,6 +141,14 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_notebook_runs(make_
     assert "--out" not in str(caught.value)
 
 
+def test_what_a_cell_prints_is_one_output_however_slowly_it_comes(make_notebook, project):
+    path = make_notebook("import time\nprint('one', flush=True)\ntime.sleep(1)\nprint('two')")
+    job = batch.prepare(path, project / "build", {})
+    batch.execute(job)
+    [printed] = batch.read(job.output).cells[-1].outputs
+    assert printed.text == "one\ntwo\n"
+
+
 def test_a_notebook_that_names_no_kernel_runs_in_this_python(make_notebook, project):
     path = make_notebook("print(epochs)")
     notebook = nbformat.read(path, 4)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import labutils as lab
+from labutils.base import device
 from labutils.notebook.claims import MEDIA_TYPE
 
 IMAGES = SimpleNamespace(images=torch.zeros(1), labels=torch.zeros(1))
@@ -197,6 +198,19 @@ def test_a_score_has_numbers_that_are_known_and_of_the_stored_weights(data):
     assert 100 * hits.double().mean().item() == score.values()[0]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_logits_are_computed_as_the_run_was_trained(data, precision, monkeypatch):
+    monkeypatch.setattr(device, "_computes_bf16", lambda device: True)  # emulated where it is not
+    ex = lab.Experiment("9.9", data, seeds=[0])
+    config = lab.TrainConfig(epochs=1, precision=precision)
+    score = ex.fit(lambda: lab.MLP(64, [8], 10), config, precision=precision)
+    model, images = score.first.model.eval(), data.test.normalise(data.test.images)
+    with torch.inference_mode():
+        exact = model(images)
+    assert torch.equal(score.logits, exact) == (precision == "float32")
+    torch.testing.assert_close(score.logits, exact, rtol=0.05, atol=0.05)
+
+
 def test_seeds_are_paired_by_their_number_not_their_place():
     one, other = pd.Series({0: 1.0, 1: 50.0, 2: 9.0}), pd.Series({2: 8.0, 1: 49.0, 0: 0.1})
     assert verdict("above", one, other) == "holds"
@@ -242,6 +256,23 @@ def test_targets_are_claimed_and_every_score_becomes_a_row(trained):
     assert row["seconds"] == round(score.values("seconds").mean(), 1)
     assert row["device"] == score.first.info["device"]
     assert (aside["model"], aside["target"], aside["headline"]) == ("aside", None, False)
+
+
+def test_what_no_run_is_becomes_a_row_like_a_score(trained, data):
+    score = trained.score(recipe="ours", model="tiny")
+    compared = {"published": 1.0, "target": 99.9}
+    claims, others = lab.Claims("9.9"), lab.Claims("9.9")
+    claims.targets({"svm": score}, **{name: {"svm": goal} for name, goal in compared.items()})
+    cost = {"params": 610, "seconds": score.values("seconds").mean()}
+    cost["device"] = score.first.info["device"]
+    others.record("svm", score.values(), data, **compared, **cost)
+    assert others._repr_mimebundle_() == claims._repr_mimebundle_()
+    others.record("alone", pd.Series([56.4]), data, target=56.4, params=1, seconds=0.04)
+    row = others.headline_rows["alone"]
+    assert (row["seconds"], row["device"]) == (0.0, score.first.info["device"])  # trained here
+    assert (row["mean"], row["std"], row["n"], row["published"]) == (56.4, 0.0, 1, None)
+    reached = {"claim": "alone reaches 56.4 %", "evidence": f"{lab.mean_std([56.4])} %"}
+    assert others.rows["alone reaches 56.4 %"] == reached | {"verdict": "holds"}
 
 
 def test_numbers_are_shown_as_their_mean_and_the_deviation_of_a_sample():
