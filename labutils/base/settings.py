@@ -46,7 +46,10 @@ def _readable_errors(known: Iterable[str]) -> Iterator[None]:
                 hint = suggestion(str(problem["input"]), allowed)
             why = problem["msg"].removeprefix("Value error, ")
             missing = problem["type"] == "missing"  # its input is all that is there
-            value = "is missing" if missing else f"= {problem['input']!r}. {why}"
+            shown = repr(problem["input"])
+            if "\n" in shown:  # an array, say
+                shown = f"{' '.join(shown.split()):.60} ..."
+            value = "is missing" if missing else f"= {shown}. {why}"
             lines.append(f"{error.title}: {where} {value}.{hint}")
         raise ValueError("\n".join(lines)) from None
 

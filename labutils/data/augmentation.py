@@ -67,7 +67,7 @@ def distort(images: Tensor, augment: Augment, generator: torch.Generator) -> Ten
     """Rotate, zoom, shift each image at random, or show a window of it: float [N, C, H, W].
 
     One bilinear distortion, border continued. A window has its area drawn from [augment.area, 1] of
-    the image, sides as 3:4 to 4:3, and lies anywhere (Szegedy et al. 2015,
+    the image, sides 3:4 to 4:3 of the image's, and lies anywhere (Szegedy et al. 2015,
     https://arxiv.org/abs/1409.4842); unlike theirs, one that would not fit is cut to the image.
     """
     n, _, height, width = images.shape

@@ -98,15 +98,17 @@ def _npz(name: str, _) -> Raw:
     path = data_dir() / f"{name}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            splits = {s: _checked(file[f"x_{s}"], file[f"y_{s}"], s) for s in ("train", "test")}
-        shapes = [images.shape[1:] for images, _ in splits.values()]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"images [C, H, W] are {shapes[0]} in x_train, {shapes[1]} in x_test")
+            parts = [p for p in ("train", "val", "test") if p != "val" or "x_val" in file]
+            splits = {p: _checked(file[f"x_{p}"], file[f"y_{p}"], p) for p in parts}
+        shapes = {part: images.shape[1:] for part, (images, _) in splits.items()}
+        for part, shape in shapes.items():
+            if shape != (first := shapes["train"]):
+                raise ValueError(f"images [C, H, W] are {first} in x_train, {shape} in x_{part}")
     except Exception as error:  # zip, zlib and NumPy report damage as almost any exception
         problem = f"load_data: {path} cannot be read ({first_line(error)}). Replace or move it"
         needed = "Needed: x_train, y_train, x_test, y_test: images uint8 [N, H, W(, 1 or 3)]"
         raise DataError(f"{problem}. {needed}, labels int [N]") from error
-    return path.name, _names(path, splits["train"][1], splits["test"][1]), splits
+    return path.name, _names(path, *(labels for _, labels in splits.values())), splits
 
 
 def _checked(images: np.ndarray, labels: np.ndarray, split: str, limit: int = 2**31) -> Arrays:
@@ -123,7 +125,7 @@ def _checked(images: np.ndarray, labels: np.ndarray, split: str, limit: int = 2*
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
 
 
-def _names(path: Path, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
+def _names(path: Path, train: np.ndarray, *others: np.ndarray) -> tuple[str, ...]:
     """Names from NAME_names.json beside the file, from what is known, or plain numbers."""
     beside = path.with_name(f"{path.stem}_names.json")
     names = KNOWN[path.stem].classes if path.stem in KNOWN else ()
@@ -134,10 +136,12 @@ def _names(path: Path, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
             raise DataError(f"load_data: {beside} is not a JSON list of names.") from error
     elif not names:
         names = [str(number) for number in range(len(np.unique(train)))]
-    if (highest := int(max(train.max(), test.max()))) >= len(names):
+    if (highest := int(max(labels.max() for labels in (train, *others)))) >= len(names):
         problem = f"{path} has labels up to {highest}, but {len(names)} class names"
         hint = f"Put a JSON list of all {highest + 1} into {beside} or number the classes from 0"
         raise DataError(f"load_data: {problem}. {hint}.")
+    if len({*names}) < len(names):
+        raise DataError(f"load_data: {beside} has a name twice. Give every class its own.")
     return tuple(names)
 
 

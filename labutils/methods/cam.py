@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -63,7 +64,7 @@ def class_activation_map(
     averages = any(
         isinstance(p, nn.AdaptiveAvgPool2d) and p.output_size in (1, (1, 1)) for p in pool
     )
-    if not averages:
+    if not averages or type(model.head) is not nn.Linear:
         kind, others = type(model).__name__, ", ".join(METHODS)
         problem = f"{kind} does not average its last maps before a linear head"
         raise ValueError(f"class_activation_map: {problem}. Choose another method: {others}.")
@@ -95,7 +96,8 @@ def explain(
         more than one pixel.
     The raw map is the package's before it cuts off what is negative and rescales each image. The
     model is left as it was: mode, gradients, what is frozen, hooks, also after an error.
-    Raises ValueError for a method or layer that does not exist or has no maps, and as above.
+    Raises ValueError for a method or layer that does not exist, a layer that has no maps or is
+    used twice, and as above.
     """
     kinds = {"method": Literal[*METHODS, "cam"], "layer": str | None}
     check("explain", kinds, {"method": method, "layer": layer})
@@ -191,20 +193,26 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
         problem = f"images are {images.dtype} on {images.device}"
         wanted = f"{first.dtype} on {first.device}, as the model is"
         raise ValueError(f"{problem}. Give {wanted}: images.to(next(model.parameters())).")
-    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    parts = model.modules() if isinstance(model, ConvNet) else ()  # in the order of their use
+    channels = next((m.in_channels for m in parts if isinstance(m, nn.Conv2d)), None)
     if channels not in (None, images.shape[1]):
         problem = f"images have {images.shape[1]} channels, the model takes {channels}"
-        hint = "Repeat the channel of grey images: images.expand(-1, 3, -1, -1)"
+        hint = "Give the images that it was made for"
+        if images.shape[1] == 1:
+            hint = f"Repeat the channel of grey images: images.expand(-1, {channels}, -1, -1)"
         raise ValueError(f"{problem}. {hint}.")
 
 
 def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Module], int]:
-    """The modules whose output is maps of more than a pixel, by name; and the number of classes."""
-    seen = set()
+    """The modules whose output is maps of more than a pixel, by name; and the number of classes.
+
+    Without those that are used twice, as the ReLU of a residual block: which maps would be meant?
+    """
+    seen: Counter[nn.Module] = Counter()
 
     def note(part, inputs, output):
         if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
-            seen.add(part)
+            seen[part] += 1
 
     with register_module_forward_hook(note), evaluating(model, images):
         logits = model(images[:1])
@@ -212,7 +220,7 @@ def layers_with_maps(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Mod
         found = getattr(logits, "shape", type(logits).__name__)
         raise ValueError(f"explain: the model returned {found}, not logits [N, num_classes].")
     named = model.named_modules()
-    return {name: part for name, part in named if name and part in seen}, logits.shape[1]
+    return {name: part for name, part in named if name and seen[part] == 1}, logits.shape[1]
 
 
 def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[str, int]:
@@ -222,6 +230,7 @@ def _layer(model: nn.Module, images: Tensor, name: str | None) -> tuple[str, int
     name = stages[-1] if name is None and stages else name
     if name not in spatial:
         known = ", ".join(spatial) or "none; choose a convolutional network"
-        given = "is not given" if name is None else f"= {name!r} has no maps or does not exist"
+        problem = "has no maps or does not exist, or is used twice"
+        given = "is not given" if name is None else f"= {name!r} {problem}"
         raise ValueError(f"explain: layer {given}. Layers with maps: {known}.")
     return name, num_classes

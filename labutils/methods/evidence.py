@@ -7,11 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import InstanceOf
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base.device import own_random_numbers
+from ..base.settings import check
 from ..models.registry import in_mode
 
 
@@ -43,6 +45,8 @@ def localisation(maps: Tensor, masks: Tensor) -> pd.DataFrame:
         the image, which a map of noise gets on the average in all three.
     Raises ValueError for shapes that differ, negative maps, and masks without an object.
     """
+    kinds = dict.fromkeys(["maps", "masks"], InstanceOf[Tensor])
+    check("localisation", kinds, {"maps": maps, "masks": masks})
     if maps.shape != masks.shape or maps.ndim != 3:
         shapes = f"{list(maps.shape)} and {list(masks.shape)}"
         raise ValueError(f"localisation: maps and masks are {shapes}. Give [N, H, W] for both.")

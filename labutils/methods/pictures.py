@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor
 
 from .. import plots
@@ -37,7 +38,9 @@ def save_cam_visualization(
     Raises ValueError for sizes that do not fit each other or a per_class below 1, OSError for a
     folder that cannot be written.
     """
-    check("save_cam_visualization", {"per_class": PositiveInt}, {"per_class": per_class})
+    kinds = dict.fromkeys(["images", "labels"], InstanceOf[Tensor]) | {"per_class": PositiveInt}
+    given = {"images": images, "labels": labels, "per_class": per_class}
+    check("save_cam_visualization", kinds, given)
     counts = {len(images), len(explanation.raw), len(labels)}
     fits = images.dtype == torch.uint8 and images.shape[2:] == explanation.size
     if len(counts) > 1 or not fits:
@@ -90,6 +93,8 @@ def explain_file(
     if side != width:
         raise RunError(f"{run.name}: its images are {side}x{width} pixels. Choose a square one's.")
     pixels = own_image(image, about["shape"])
+    if out.exists() and out.samefile(image):
+        raise ValueError(f"cam: out = {str(out)!r} is the image itself. Give another file.")
     # A whole multiple, so that both show the same part of the image.
     shown = decode(image, side * max(1, -(-_SHOWN // side)))
     split = Split(pixels, torch.zeros(1, dtype=torch.int64), about["mean"], about["std"])

@@ -84,7 +84,7 @@ def _features(model, split, wanted: list[str], grid: int) -> dict[str, Tensor]:
 
 
 def swap_head(source: Run | ConvNet, num_classes: int) -> ConvNet:
-    """The network of a run, or this one, with a new head: all else is copied bit for bit.
+    """The network of a run, or this one, with a new head: all else is a copy, nothing frozen.
 
     The head is the one of a network built under the current seed. What trains on from a run is
     found again by that run's key, as long as its weights are not changed before.

@@ -5,6 +5,7 @@ What a training remembers is in checkpoint.py, how it is stored in store.py.
 """
 
 import datetime
+import json
 import math
 import platform
 import signal
@@ -266,6 +267,11 @@ def _describe(model, data, config, teacher, name) -> Run:
     # What it takes to use the network on another image, without the data.
     info["data"] |= {"classes": list(data.classes), "shape": list(data.image_shape)}
     info["data"] |= {"mean": [*map(float, data.train.mean)], "std": [*map(float, data.train.std)]}
+    try:
+        info["data"] = json.loads(json.dumps(info["data"]))  # as the card will have it
+    except TypeError as error:
+        problem = f"the name, source or loaded of the data cannot be written ({error})"
+        raise ValueError(f"train: {problem}. Give text and plain numbers.") from None
     info["device"] = machine.device_name(data.train.images.device)
     info |= {"torch": torch.__version__, "python": platform.python_version()}
     if teacher is not None:

@@ -62,8 +62,9 @@ class Run:
     @property
     def weights(self) -> Path:
         """Where the weights of the best epoch are, if they are stored."""
-        beside, inside = self.path.with_suffix(".safetensors"), self.path / "best.safetensors"
-        return inside if self.path.is_dir() else beside
+        if self.path.suffix == ".json":
+            return self.path.with_suffix(".safetensors")
+        return self.path / "best.safetensors"
 
     def best(self, column: str) -> float:
         """A column of the history at the best epoch, else ValueError.

@@ -88,8 +88,11 @@ def publish(run: Run, *, weights: bool, command: str, half: ImageData | None = N
         run.require_model()
     if weights and run.path != path:
         if not (own and run.weights.exists()):
-            problem = f"{run.weights} is gone; another run of the same settings has replaced it"
-            raise RunError(f"{run.name}: {problem}. Give every run its own settings, a seed say.")
+            problem, remedy = f"{run.weights} is gone", "Train again with retrain=True"
+            if run.path.is_dir():
+                problem += "; another run of the same settings has replaced it"
+                remedy = "Give every run its own settings, a seed say"
+            raise RunError(f"{run.name}: {problem}. {remedy}.")
         if own["weights"] != cards.sha256(run.weights):
             problem = f"{run.weights} is not what was stored with its card"
             raise RunError(f"{run.name}: {problem}. Train again with retrain=True.")

@@ -290,3 +290,9 @@ def test_a_value_that_is_missing_is_said_to_be():
     kinds = {"spec": dict, "seed": int}
     with pytest.raises(ValueError, match=r"^f: seed is missing\.$"):
         base.check("f", kinds, {"spec": {}})
+
+
+def test_a_value_of_many_lines_is_cut_short():
+    shown = r"^f: x = array\(\[\[0\., 0\., .{,60} \.\.\.\. Input should be a valid integer\.$"
+    with pytest.raises(ValueError, match=shown):
+        base.check("f", {"x": int}, {"x": np.zeros((9, 9))})

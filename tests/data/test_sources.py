@@ -142,6 +142,16 @@ def test_npz_files_of_grey_and_colour_images_are_read(write_npz):
     assert raw.test[0][0, :, 4, 5].tolist() == [0, 1, 2]
 
 
+def test_an_npz_may_have_a_validation_split_of_its_own(write_npz):
+    write_npz(x_val=BLANK[:9] + 7, y_val=np.arange(9) % 3)
+    data = lab.load_data("tiny", val_size=30, device="cpu")
+    assert [len(split) for split in (data.train, data.val, data.test)] == [60, 9, 20]
+    assert (data.val.images == 7).all()
+    write_npz(x_val=BLANK[:9, 1:], y_val=np.arange(9) % 3)
+    with pytest.raises(DataError, match=r"\(1, 6, 6\) in x_train, \(1, 5, 6\) in x_val"):
+        read("tiny")
+
+
 @pytest.mark.parametrize(("replaced", "problem"), BAD_ARRAYS.values(), ids=BAD_ARRAYS)
 def test_a_wrong_array_is_named_with_what_is_expected(write_npz, replaced, problem):
     path = write_npz(**replaced)
@@ -235,6 +245,7 @@ def test_a_class_without_a_training_image_needs_a_name(write_npz, train, test, n
         ('{"0": "cat", "1": "dog", "2": "fox"}', "not a JSON list"),
         ("null", "not a JSON list"),
         ("3", "not a JSON list"),
+        ('["cat", "dog", "cat"]', "has a name twice"),
     ],
 )
 def test_bad_class_names_are_refused(write_npz, text, problem):

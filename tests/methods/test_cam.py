@@ -317,6 +317,10 @@ BAD = {
         r"images are \[1, 3, 2, 2\], which the model cannot take \(.*\)\. Give them at the size",
     ),
     "grey": ({"images": some_images(3, 1)}, r"images have 1 channels, the model takes 3.*expand"),
+    "colour": (
+        {"images": some_images(3), "model": lab.CNN((1, 16, 16), 5, widths=[4, 6])},
+        r"images have 3 channels, the model takes 1\. Give the images that it was made for",
+    ),
 }
 
 
@@ -338,6 +342,41 @@ def test_bad_arguments_are_named(explain, arguments, wanted):
 def test_a_network_without_averages_has_no_plain_map_and_is_told_what_works(make):
     with pytest.raises(ValueError, match=r"does not average .* Choose another method: gradcam"):
         lab.class_activation_map(make(), some_images(1))
+
+
+def test_the_plain_map_is_of_a_head_that_is_one_linear_layer():
+    model = make()
+    model.head = nn.Sequential(nn.Dropout(), model.head)
+    with pytest.raises(ValueError, match=r"does not average .* before a linear head"):
+        lab.class_activation_map(model, some_images(1))
+
+
+def test_a_network_of_ones_own_may_name_its_layers_in_any_order():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.late, self.first = nn.Conv2d(4, 6, 3), nn.Conv2d(3, 4, 3)
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, images):
+            return self.head(self.late(self.first(images)).mean((2, 3)))
+
+    found = lab.explain(Own(), some_images(2), layer="late")
+    assert found.raw.shape[0] == 2
+    with pytest.raises(ValueError, match=r"\[2, 1, 16, 16\], which the model cannot take"):
+        lab.explain(Own(), some_images(2, channels=1), layer="late")
+
+
+def test_a_layer_that_is_used_twice_is_not_offered():
+    """A block's ReLU stands between its convolutions and behind their sum."""
+    model = make("ResNet")
+    offered, _ = cam.layers_with_maps(model, some_images(1))
+    assert "stages.stage3.0" in offered
+    assert not [name for name in offered if name.endswith("relu")]
+    with pytest.raises(
+        ValueError, match=r"'stages.stage3.0.relu' has no maps .*, or is used twice"
+    ):
+        lab.explain(model, some_images(1), layer="stages.stage3.0.relu")
 
 
 def test_a_model_in_half_precision_has_the_plain_map_alone():

@@ -65,6 +65,18 @@ def test_it_answers_for_the_views_that_the_student_sees(data, teacher):
     assert len(records()) == 3
 
 
+def test_it_sees_views_as_its_own_images_were_normalised(data, taught_by):
+    """A student's data may be darker than the teacher's, or be a part of them."""
+    config = replace(CONFIG, augment=replace(DISTORTED, cutout=0))  # which leaves the mean colour
+    own = lab.Teacher(taught_by).lessons(data, config, 0, 10)
+    numbers = {"mean": [0.1 + x for x in data.train.mean], "std": [x / 2 for x in data.train.std]}
+    darker = replace(data, train=replace(data.train, **numbers))
+    for path in records():
+        path.unlink()
+    found = lab.Teacher(taught_by).lessons(darker, config, 0, 10)
+    torch.testing.assert_close(found, own, rtol=2e-3, atol=2e-3)
+
+
 def test_its_views_are_the_students_to_the_bit_when_it_computes_in_bf16(
     data, taught_by, monkeypatch
 ):

@@ -61,6 +61,7 @@ def test_a_flat_map_says_nothing_and_is_not_credited(value):
             r"\[2, 4, 4\] and \[2, 5, 5\]\. Give \[N, H, W\]",
         ),
         (torch.zeros(4, 4), torch.ones(4, 4), r"\[4, 4\] and"),
+        (torch.ones(1, 4, 4), torch.ones(1, 4, 4).numpy(), r"masks = .*Tensor"),
         (-torch.ones(1, 4, 4), torch.ones(1, 4, 4), "a map is negative somewhere"),
         (torch.ones(1, 4, 4), torch.zeros(1, 4, 4), "a mask is empty"),
     ],

@@ -57,6 +57,12 @@ def test_pictures_of_every_class_with_a_mistake_among_them(tmp_path, monkeypatch
     assert again == written != other
 
 
+def test_pictures_are_of_tensors(tmp_path):
+    found, pixels = lab.class_activation_map(make(), some_images(2)), np.zeros((2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"^save_cam_visualization: images = .*Tensor"):
+        lab.save_cam_visualization(tmp_path, pixels, found, torch.zeros(2), list("abcde"))
+
+
 def test_pictures_that_cannot_be_written_are_named(tmp_path):
     images = some_images(2)
     found = lab.class_activation_map(make(), images)
@@ -134,6 +140,13 @@ def test_a_picture_goes_beside_the_image_of_nobody_else(run, photo, tmp_path, mo
     assert cli.main(["cam", "photo.png", "--model", run.name]) == 0
     assert capsys.readouterr().out.endswith("\nphoto-cam.png\n")
     assert (tmp_path / "photo-cam.png").exists()
+
+
+def test_a_picture_does_not_take_the_place_of_the_image(run, photo, capsys):
+    before = photo.read_bytes()
+    assert cli.main(["cam", str(photo), "--model", run.name, "--out", str(photo)]) == 1
+    assert "is the image itself. Give another file" in capsys.readouterr().err
+    assert photo.read_bytes() == before
 
 
 def test_a_folder_is_given_a_picture(run, photo, tmp_path, capsys):

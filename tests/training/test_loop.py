@@ -997,3 +997,17 @@ def test_the_bar_counts_every_image_and_other_runs_are_not_kept_waiting(data, mo
     assert counted == 3 * [13, 13, 13, 9]
     assert locked == [run.key]
     assert run.info["data"]["images"] == {"train": 48, "val": 12, "test": 20}
+
+
+@pytest.mark.parametrize("facts", [{"source": Path("mine")}, {"loaded": {"size": {1, 2}}}])
+def test_facts_of_data_that_a_card_cannot_hold_are_named_before_the_training(data, facts):
+    with pytest.raises(ValueError, match=r"^train: the name, source or loaded of the data cannot"):
+        train(dataclasses.replace(data, **facts))
+    assert not runs.runs_dir().exists()
+
+
+def test_facts_of_data_are_kept_as_the_card_has_them(data):
+    run = train(dataclasses.replace(data, loaded={"size": (1, 2)}))
+    assert run.info["data"]["loaded"] == {"size": [1, 2]}
+    run.test(data)
+    assert json.loads((run.path / "card.json").read_text())["test"]

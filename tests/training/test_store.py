@@ -240,6 +240,14 @@ def test_weights_of_a_run_that_was_replaced_are_not_published_as_its_own(run, da
         publish(run, weights=True, command="")
 
 
+def test_a_run_whose_folder_is_gone_is_not_said_to_be_replaced(data):
+    run = train(data, name="1.1_mlp")
+    shutil.rmtree(run.path)
+    wanted = rf"{run.path}/best.safetensors is gone\. Train again with retrain=True"
+    with pytest.raises(RunError, match=wanted):
+        publish(run, weights=True, command="")
+
+
 def test_damaged_weights_are_not_published_as_sound(run):
     content = bytearray(run.weights.read_bytes())
     content[-1] ^= 1
